@@ -438,11 +438,11 @@ __all__ = (  # noqa: RUF022 - the only names that plug-ins may use; a test check
     "Finding", "find_route", "finish_restore", "first_file_limit", "fits_one", "folder_of", "Forgotten", "forgotten_executor",
     "format_duration", "FormReader", "frame", "FRAMES_BYTES", "free_bytes", "fsync_path", "full_text", "GIB", "Gives", "Gone", "hear",
     "HELLO_TIMEOUT_S", "helper_environment", "host_of", "HttpError", "ID", "IDLE_LOOK_S", "ids_in", "INLINE_BYTES", "Input",
-    "InputsChanged", "inputs_digest", "INSTANCE", "Instance", "is_loopback", "is_own_user", "is_whole_token", "Job",
-    "job_after_wait", "job_json",
-    "JoborchError", "job_summary", "JSON_TYPE", "keep_alive", "key_id", "KIB", "known_job", "known_payload", "last_line", "LAST_SEQ",
-    "left_out", "Link", "link_key", "LiveBody", "LIVE_HEADERS", "load_config", "load_plugin", "LOCK_HELD", "lock_trouble", "log",
-    "LOOK_AGAIN_S", "Loop", "loops_of", "make_app", "make_executor", "MARK", "marked_below", "mask", "may_call", "member_chunks",
+    "InputsChanged", "inputs_digest", "INSTANCE", "Instance", "is_loopback", "is_own_user", "is_whole_token", "Job", "job_after_wait",
+    "job_json", "job_log", "JoborchError", "job_summary", "JSON_TYPE", "keep_alive", "key_id", "KIB", "known_job", "known_payload",
+    "last_line", "LAST_SEQ", "left_out", "Link", "link_key", "LiveBody", "LIVE_HEADERS", "load_config", "load_plugin", "LOCK_HELD",
+    "lock_trouble", "log", "LOOK_AGAIN_S", "Loop", "loops_of", "make_app", "make_executor", "MARK", "marked_below", "mask", "may_call",
+    "member_chunks",
     "member_part", "MIB", "Move", "MOVES", "named_service", "NAME_OF_TOKEN", "narrowed", "new_attempt", "NEWEST_ENDED", "NEWEST_FAILURES",
     "NEWEST_SUBMITTED", "new_session", "new_token", "new_uuid", "NoAnswer", "no_client_text", "Node", "node_environment", "NO_LOCKS",
     "NONCE_HEADER", "NOT_FOUND", "NothingSent", "OLDEST_QUEUED", "one_line", "on_network", "opened_folder", "open_listeners",
@@ -4885,12 +4885,17 @@ def part_of_archive(file: IO[bytes], stream: str, limit_bytes: int, offset: int)
 
 
 def part_of_member(file: IO[bytes], record: ZipRecord, kept: Stream, limit_bytes: int, offset: int) -> LogPart:
-    """Read a part of an output stream from its member of a ZIP; `kept` says which bytes of the stream the member has."""
+    """Read a part of an output stream from its member of a ZIP; `kept` says which bytes of the stream the member has.
+
+    A negative `offset` counts from the end.
+    """
     first, second = kept.gap
     shorter = second - first - len(kept.line(first)) if second > first else 0  # than the stream, after the gap
     if record.size != kept.size - shorter or record.size > limit_bytes + KIB:  # not as a client packs it, or over the limit here
         size = min(record.size, limit_bytes)
         kept, second, shorter = Stream(size, size), size, 0
+    if offset < 0:
+        offset = max(0, kept.size + offset)
 
     def read_at(begin: int, count: int) -> bytes:
         return read_member(file, record, begin if begin < second else begin - shorter, count)
@@ -4899,7 +4904,10 @@ def part_of_member(file: IO[bytes], record: ZipRecord, kept: Stream, limit_bytes
 
 
 def job_log(server: Server, request: Request, job: Job, stream: str, offset: int) -> LogPart:
-    """Read a part of a job's output from wherever it is now. Raises HttpError 404 or 503 if it is not available."""
+    """Read a part of a job's output from wherever it is now; of a job that has ended, a negative `offset` counts from the end.
+
+    Raises HttpError 404 or 503 if it is not available.
+    """
     if job.status is Status.CLEANED:
         raise HttpError(404, f"the files of job {job.id} were cleaned")
     link = server.links.get(job.client or "")

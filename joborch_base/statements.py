@@ -626,7 +626,8 @@ SELECT reason, count(*) AS jobs, max(id) AS newest
 """
 OLDEST_QUEUED = """
 SELECT service, min(created_at) AS created_at
-  FROM (SELECT service, created_at FROM jobs INDEXED BY jobs_status WHERE status = 'Queued' ORDER BY id LIMIT 10000) GROUP BY service
+  FROM (SELECT service, created_at, not_before, blocked FROM jobs INDEXED BY jobs_status WHERE status = 'Queued' ORDER BY id LIMIT 10000)
+ WHERE not_before IS NULL AND blocked = 0 GROUP BY service
 """
 USERS_WITH_JOBS = """
 SELECT user_id FROM (SELECT user_id FROM usage ORDER BY used DESC LIMIT :limit)

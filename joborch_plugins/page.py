@@ -42,6 +42,8 @@ from joborch import (
     csrf_token_of,
     find_route,
     format_duration,
+    job_log,
+    known_job,
     load_plugin,
     may_call,
     new_session,
@@ -79,12 +81,12 @@ NAVIGATION = (  # each with the route that its caller must be allowed
 )
 FINAL = [status.value for status in OVER]
 NONE = "-"  # what a table shows where there is nothing
-JOBS_A_PAGE, USERS_SHOWN, SLOTS_DRAWN = 50, 50, 64
+JOBS_A_PAGE, FILES_A_PAGE, USERS_SHOWN, SLOTS_DRAWN = 50, 200, 50, 64
 INSTANCES_DRAWN, ENDED_SHOWN_S = 60, 60.0  # of each cloud; how long one that has ended is still shown
 LIFE_S = (60.0, 3600.0)  # the shortest and the longest time that the bars of instances stand for
 HOURS, STEP_S = 12, 1800.0  # of the charts, and of one of their bars
 RECENT_S = 10.0  # how long charts and failures are kept
-LOG_TAIL_BYTES, LOG_PARTS = 64 * 1024, 32  # of an output, its end; it is read in parts of at most 1 MiB
+LOG_TAIL_BYTES = 64 * 1024  # of an output, its end
 NOT_IN_THE_FORM = ("limit", "before", "wait", "wait_for", "ended", "ids", "format", "by")  # of GET /jobs
 CAUSES = {
     "user": "user (the script itself)", "limit": "limit (it wanted too much)", "infrastructure": "infrastructure (not the script)",
@@ -98,6 +100,7 @@ HELP = {
     "inputs_from": "ids of your jobs: it waits for them, too, and finds their results in from/ID/",
     "crlf": "what to do if run.sh has Windows line ends, which bash does not understand",
 }
+REFUSED = {403: "Not allowed", 404: "Not found"}  # titles of pages
 LINE_ENDS = {"": "refuse the job", "fix": "change them to LF", "keep": "keep them"}
 INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
 
@@ -151,9 +154,25 @@ def name_of(text: Content) -> Html:
     return tag("bdi", text, class_="long" if len(str(text)) > 24 else None)
 
 
+def capital(text: str) -> str:
+    """Return a sentence of the API with a capital, unless it begins with something that has none, as a file or a client."""
+    word = re.match("[a-z]+(?= )", text)
+    return text[0].upper() + text[1:] if word else text
+
+
+def with_code(text: str) -> Content:
+    """Return a sentence of the API, with what it has between backticks as code."""
+    return [tag("code", part) if number % 2 else part for number, part in enumerate(capital(text).split("`"))]
+
+
+def whole(text: Content) -> Html:
+    """Return a short text that is never broken, as a figure with its unit."""
+    return tag("span", text, class_="whole")
+
+
 def prose(text: str) -> Html:
-    """Return a sentence, in a column that is wide enough for it."""
-    return tag("span", text, class_="long")
+    """Return a sentence, in a column that is wide enough for it; nothing if there is none."""
+    return tag("span", text, class_="long") if text else Html("")
 
 
 def time_of(stamp: str | None) -> Html:
@@ -202,6 +221,11 @@ def label_of(name: str) -> str:
 def alert(text: str) -> Html:
     """Return what is wrong with a form; the form follows it, filled."""
     return tag("p", text, class_="alert", role="alert")
+
+
+def job_link(job_id: int) -> Html:
+    """Return the number of a job, with a link to it."""
+    return tag("a", f"job {job_id}", href=f"/dashboard/jobs/{job_id}")
 
 
 def user_link(request: Request, user_id: int) -> Content:
@@ -284,8 +308,8 @@ def page(path: str, takes: Sequence[Parameter] = (), slow: bool = False) -> Call
             try:
                 return content(server, request, **values)
             except HttpError as refusal:
-                text = tag("p", refusal.message, class_="large", role="alert")
-                return whole_page(server, request, "That does not work", text, refusal.status)
+                text = tag("p", capital(refusal.message), class_="large", role="alert")
+                return whole_page(server, request, REFUSED.get(refusal.status, "That does not work"), text, refusal.status)
 
         gives = {**ONE_PAGE, 404: Gives("no such job", "text/html")} if "<" in path else ONE_PAGE
         return route("GET", path, "server", who="anyone", takes=takes, gives=gives, quick=not slow, slow=slow)(handler)
@@ -312,8 +336,10 @@ def problems(request: Request, found: Sequence[Mapping[str, Any]]) -> Html:
     for each in found:
         about = [f"{word} {each[word]}" for word in ("service", "client") if each.get(word)]
         since = ["since ", time_of(each["since"])] if each.get("since") else None
-        remedy = tag("p", remedy_of(request, each["remedy"])) if each.get("remedy") else None
-        shown.append(tag("li", tag("strong", each["what"]), " ", tag("span", ", ".join(about), " ", since, class_="quiet"), remedy))
+        remedy = tag("p", with_code(remedy_of(request, each["remedy"]))) if each.get("remedy") else None
+        shown.append(
+            tag("li", tag("strong", capital(each["what"])), " ", tag("span", ", ".join(about), " ", since, class_="quiet"), remedy)
+        )
     return section("problems", plural(len(found), "problem", "problems"), tag("ul", *shown, class_="problems"))
 
 
@@ -323,8 +349,8 @@ def services_table(services: Sequence[Mapping[str, Any]], oldest_s: Mapping[str,
     rows = [
         (
             tag("a", name_of(each["name"]), href="/dashboard/jobs?" + urlencode({"service": each["name"]})),
-            f"{each['running']} of {each['max_runs']}", f"{each['queued']:,}", duration(oldest_s.get(each["name"])),
-            f"{each['users_queued']:,}", each["runs_per_user"], duration(each["mean_run_s"]),
+            whole(f"{each['running']} of {each['max_runs']}"), f"{each['queued']:,}", whole(duration(oldest_s.get(each["name"]))),
+            f"{each['users_queued']:,}", each["runs_per_user"], whole(duration(each["mean_run_s"])),
         )
         for each in services
     ]  # fmt: skip
@@ -363,7 +389,7 @@ def clients_table(request: Request, clients: Sequence[Mapping[str, Any]]) -> Htm
         may_drain = may(request, "POST", path)
         action = button("Resume" if each["drained"] else "Drain", path) if may_drain else NONE
         rows.append((
-            name_of(each["name"]), ", ".join(each["services"]), squares(each), load, prose(status_of_client(each)),
+            name_of(each["name"]), name_of(", ".join(each["services"])), squares(each), whole(load), prose(status_of_client(each)),
             time_of(each["last_seen"]), action,
         ))  # fmt: skip
     head = ("Client", "Services", "Slots", "CPU", "Status", "Last heard", "Action")
@@ -488,7 +514,7 @@ def charts(server: Server, began: float) -> Html:
         if row["ended"] != Status.KILLED:
             series["completed" if row["ended"] == Status.COMPLETED else "failed"][min(row["step"], steps - 1)] += row["jobs"]
     sums = {name: f"{sum(values):,.0f}" for name, values in series.items()}
-    sums["wait"] = f"{duration(max(series['wait']))} at most on average"
+    sums["wait"] = f"up to {duration(max(series['wait']))} on average"
     drawn = [chart(name.capitalize(), values, sums[name], name) for name, values in series.items()]
     return section("charts", f"The last {HOURS} hours", tag("div", *drawn, class_="charts"))
 
@@ -496,7 +522,7 @@ def charts(server: Server, began: float) -> Html:
 def failures(server: Server, began: float) -> Html:
     """Return the failures of the last day, those with the same reason together."""
     rows = [
-        (f"{row['jobs']:,}", prose(row["reason"]), tag("a", f"job {row['newest']}", href=f"/dashboard/jobs/{row['newest']}"))
+        (f"{row['jobs']:,}", prose(row["reason"]), job_link(row["newest"]))
         for row in server.store.read(NEWEST_FAILURES, since=server.clock.wall() - 86400, steady_began=began)
     ]
     shown = table("Failures of the last day by their reason", ("Jobs", "Reason", "Newest"), rows, "No job has failed.")
@@ -580,7 +606,7 @@ def jobs_table(server: Server, request: Request, jobs: Iterable[Mapping[str, Any
         rows.append((
             tag("a", f"{each['id']}", href=to), status_of(each["status"]), name_of(each["service"]), user_link(request, each["user_id"]),
             tag("a", name_of(each["name"]), href=to) if each["name"] else NONE,
-            prose(one_line(each["message"], 160)), time_of(each["created_at"]), run_time(each, now),
+            prose(one_line(each["message"], 160)), time_of(each["created_at"]), whole(run_time(each, now)),
         ))  # fmt: skip
     head = ("Job", "Status", "Service", "User", "Name", "Reason", "Submitted", "Run time")
     return table("Jobs, the newest first", head, rows, "No job matches.")
@@ -660,7 +686,7 @@ def timeline(found: Sequence[Span]) -> Html:
         for name in dict.fromkeys(span.status for span in found)
     ]
     rows = [
-        (status_of(span.status), time_of(span.since), NONE if span.is_final else duration(span.seconds), prose(span.reason))
+        (status_of(span.status), time_of(span.since), whole(NONE if span.is_final else duration(span.seconds)), prose(span.reason))
         for span in found
     ]
     shown = table("Status over time", ("Status", "Since", "For", "Reason"), rows, "")
@@ -682,7 +708,8 @@ def facts(request: Request, job: Mapping[str, Any]) -> Html:
         "Priority": job["priority"] or None, "Place in the queue": place,
         "Likely start": job["estimated_start"] and ["about ", time_of(job["estimated_start"])], "Attempt": job["attempt"],
         "Webhooks go to": job["callback_url"] and name_of(job["callback_url"]),
-        "Follows": job["after"] and ", ".join(map(str, job["after"])), "Result": job["result"] and size_text(job["result"]["size"]),
+        "Follows": job["after"] and [[", " if number else "", job_link(each)] for number, each in enumerate(job["after"])],
+        "Repeats": job["retry_of"] and job_link(job["retry_of"]), "Result": job["result"] and size_text(job["result"]["size"]),
     }  # fmt: skip
     rows = [tag("div", tag("dt", name), tag("dd", value)) for name, value in shown.items() if value is not None and value != []]
     return tag("dl", *rows, class_="facts")
@@ -719,25 +746,19 @@ def webhooks_table(request: Request, job: Mapping[str, Any]) -> Html | None:
         ))  # fmt: skip
     head = ("Status of the job", "Since", "Webhook", "Attempts", "Last answer", "Next attempt")
     path = f"/jobs/{job['id']}/redeliver"
-    send = button("Send them again", path) if rows and may(request, "POST", path) else None
+    send = tag("p", button("Send them again", path), class_="actions") if rows and may(request, "POST", path) else None
     is_open = any(each["state"] == "pending" for each in job["webhooks"])  # a delivery moves no job, so no event tells of it
     return section("webhooks", "Webhooks", tag("div", table("Webhooks", head, rows, "None yet."), data_open=is_open or None), send)
 
 
 def tail_of(server: Server, request: Request, job: Mapping[str, Any], stream: str) -> str:
     """Return the end of an output stream of a job that has ended."""
-    path, tail, offset = f"/jobs/{job['id']}/logs", b"", "0"
-    for _ in range(LOG_PARTS):
-        part = answer_of(server, request, path, stream=stream, offset=offset)
-        if not part.body:
-            break
-        tail, offset = (tail + part.body)[-LOG_TAIL_BYTES:], part.headers["X-Next-Offset"]
-    return tail.decode("utf-8", "replace")
+    return job_log(server, request, known_job(server, request, job["id"]), stream, -LOG_TAIL_BYTES).text.decode("utf-8", "replace")
 
 
-def output_part(phase: str, *content: Content) -> Html:
+def output_part(job: Mapping[str, Any], phase: str, *content: Content) -> Html:
     """Return the section of a job's output, in a phase of the job: it waits, runs or is over."""
-    return tag("section", *content, id="output", data_phase=phase)
+    return tag("section", *content, id="output", data_phase=phase, data_attempt=job["attempt"])
 
 
 def output_section(server: Server, request: Request, job: Mapping[str, Any]) -> Html:
@@ -746,41 +767,51 @@ def output_section(server: Server, request: Request, job: Mapping[str, Any]) -> 
     over = is_over(job)
     phase = "over" if over else "runs" if job["started_at"] else "waits"
     if phase == "waits":
-        return output_part(phase, tag("h2", "Output"), tag("p", "The job has not started yet.", class_="quiet"))
+        return output_part(job, phase, tag("h2", "Output"), tag("p", "The job has not started yet.", class_="quiet"))
+    streams = {"stdout": "Standard output", "stderr": "Standard error"}
+    try:
+        texts = {stream: tail_of(server, request, job, stream) if over else "" for stream in streams}
+    except HttpError as refusal:
+        return output_part(job, phase, tag("h2", "Output"), tag("p", refusal.message, class_="quiet"))
     parts = []
-    for stream, title in (("stdout", "Standard output"), ("stderr", "Standard error")):
-        try:
-            text = tail_of(server, request, job, stream) if over else ""
-        except HttpError as refusal:
-            return output_part(phase, tag("h2", "Output"), tag("p", refusal.message, class_="quiet"))
-        whole = tag("a", "open all of it", href=f"{path}?stream={stream}")
+    for stream, title in streams.items():
+        followed, text = f"{path}?stream={stream}&follow=1", texts[stream]
         if over and not text:
             parts.append(tag("p", f"It wrote nothing to {title.lower()}.", class_="quiet", id=stream))
             continue
-        box = tag("pre", tag("code", text), tabindex="0", data_log=f"{path}?stream={stream}&follow=1", data_over=over, aria_label=title)
-        parts.append(tag("div", tag("h3", title, " (", whole, ")"), box, class_="log", id=stream))
-    return output_part(phase, fill("search"), *parts)
+        whole = tag("a", "open all of it", href=f"/jobs/{job['id']}/files/.joborch/{stream}?inline=1" if over else followed)
+        end = f"its end, {size_text(LOG_TAIL_BYTES)}; " if len(text.encode()) >= LOG_TAIL_BYTES else ""
+        box = tag("pre", tag("code", text), tabindex="0", data_log=followed, data_over=over, aria_label=title)
+        hint = None if over else tag("noscript", tag("p", "This page shows it with JavaScript; without, open it.", class_="quiet"))
+        parts.append(tag("div", tag("h3", title, f" ({end}", whole, ")"), hint, box, class_="log", id=stream))
+    return output_part(job, phase, tag("h2", "Output"), fill("search") if any(texts.values()) or not over else None, *parts)
 
 
-def files_section(server: Server, request: Request, job: Mapping[str, Any], wanted: bool) -> Html:
+def files_section(server: Server, request: Request, job: Mapping[str, Any], wanted: bool, after: str) -> Html:
     """Return the files of a job, with links. Those of a running job come from its client, which takes time, so only if `wanted`."""
-    path = f"/jobs/{job['id']}/files"
+    path, page_path = f"/jobs/{job['id']}/files", f"/dashboard/jobs/{job['id']}?files=1"
     over = is_over(job)
     if not (over or wanted):
-        shown: Content = tag("p", tag("a", "Show its files as they are now", href=f"/dashboard/jobs/{job['id']}?files=1", class_="button"))
+        shown: Content = tag("p", tag("a", "Show its files as they are now", href=f"{page_path}#files", class_="button"))
     else:
         try:
-            found = ask(server, request, path, limit="1000")
+            found = ask(server, request, path, limit=str(FILES_A_PAGE), **({"after": after} if after else {}))
         except HttpError as refusal:
             shown = tag("p", refusal.message, class_="quiet")
         else:
             rows = [
                 (tag("a", name_of(each["path"]), href=f"{path}/{quote(each['path'])}", data_size=each["size"], data_file=True),
-                 size_text(each["size"]))
+                 whole(size_text(each["size"])))
                 for each in found["files"]
             ]  # fmt: skip
-            more = tag("p", "The first 1,000 files are shown.", class_="quiet") if found["next"] else None
-            shown = [table("Files", ("File", "Size"), rows, "It left no file."), more]
+            links = [
+                tag("a", "First files", href=f"{page_path}#files", class_="button") if after else None,
+                tag("a", "More files", href=f"{page_path}&after={found['next']}#files", class_="button", rel="next")
+                if found["next"]
+                else None,
+            ]
+            more = tag("nav", *links, aria_label="More files", class_="actions") if any(links) else None
+            shown = [table("Files", ("File", "Size"), rows, "There is no further file." if after else "It left no file."), more]
     return tag("section", tag("h2", "Files"), shown, fill("preview"), id="files")
 
 
@@ -811,8 +842,11 @@ JOB_ID = Parameter("job_id", "path", "string", "the id of a job", "42", required
 SHOW_FILES = Parameter("files", "query", "string", "1: also the files of a running job", "1", default="")
 
 
-@page("/dashboard/jobs/<job_id>", takes=(JOB_ID, SHOW_FILES), slow=True)
-def job_page(server: Server, request: Request, job_id: str, files: str) -> Answer:
+FILES_AFTER = Parameter("after", "query", "string", "the cursor of the page of files", "b3V0L2EudHh0", default="")
+
+
+@page("/dashboard/jobs/<job_id>", takes=(JOB_ID, SHOW_FILES, FILES_AFTER), slow=True)
+def job_page(server: Server, request: Request, job_id: str, files: str, after: str) -> Answer:
     """Show a job: its states in time, why it waits or failed, attempts, output and files."""
     job = ask(server, request, f"/jobs/{job_id}")
     has_files, name, title = may(request, "GET", f"/jobs/{job_id}/files"), job["name"], f"Job {job['id']}"
@@ -829,7 +863,7 @@ def job_page(server: Server, request: Request, job_id: str, files: str) -> Answe
         timeline(spans(job, server.clock.wall())),
         attempts_table(job),
         webhooks_table(request, job),
-        *([output_section(server, request, job), files_section(server, request, job, files == "1")] if has_files else []),
+        *([output_section(server, request, job), files_section(server, request, job, files == "1", after)] if has_files else []),
     ], heading=heading)  # fmt: skip
 
 
@@ -902,11 +936,11 @@ def users_page(server: Server, request: Request, user_id: str) -> Answer:
         for each in user["services"] or [{}]:
             used = each.get("used_slot_s")
             rows.append((used or 0.0, (
-                link, name_of(each.get("name", NONE)), f"{user['weight']:g}", duration(used), f"{each.get('runs', 0):,}",
-                each.get("running", 0), f"{user['queued']:,}", each.get("turns_before"),
+                link, name_of(each.get("name", NONE)), f"{user['weight']:g}", whole(duration(used)), f"{each.get('runs', 0):,}",
+                each.get("running", 0), f"{user['queued']:,}", NONE if each.get("turns_before") is None else f"{each['turns_before']:,}",
             )))  # fmt: skip
     rows.sort(key=lambda row: -row[0])
-    head = ("User", "Service", "Weight", "Slot time used", "Runs", "Running", "Queued", "Users before")
+    head = ("User", "Service", "Weight", "Slot time used", "Runs", "Running", "Queued, all services", "Users before")
     shown = table("Users", head, [row for _, row in rows], "Nobody has sent a job.")
     return whole_page(server, request, "Users", [form, tag("div", shown, id="users", data_live=True)])
 

@@ -166,6 +166,35 @@ def test_who_reads_the_output_is_not_disturbed_by_its_end(opened: Opened, site: 
     second.locator("#stdout").get_by_text("second").wait_for()
 
 
+SHOW = """hidden => {
+    Object.defineProperty(document, 'hidden', {configurable: true, get: () => hidden});
+    document.dispatchEvent(new Event('visibilitychange'));
+}"""
+
+
+def test_many_tabs_share_the_connections_of_a_browser(opened: Opened, site: Pair, tmp_path: Path) -> None:
+    """It makes six to a server: a tab that is not shown keeps none of them, and goes on where it was when it is shown again."""
+    step = tmp_path / "step"
+    number = submit(site.server, f"echo one; echo one >&2; until [ -e {step} ]; do sleep 0.1; done; echo two; sleep 600", user_id=7)
+    first = opened(f"/jobs/{number}")
+    tabs = [first, *(first.context.new_page() for _ in range(6))]
+    for tab in tabs:
+        tab.set_default_timeout(PATIENCE_MS)
+        if tab is not first:
+            tab.goto(first.url)
+        tab.locator("#stdout").get_by_text("one").wait_for()
+        tab.locator("#stderr").get_by_text("one").wait_for()
+        tab.evaluate(SHOW, True)
+    step.touch()
+    first.evaluate(SHOW, False)
+    first.locator("#stdout").get_by_text("two").wait_for()
+    assert first.locator("#stdout code").inner_text() == "one\ntwo\n"
+    site.server.post(f"/terminate/{number}")
+    first.locator("#job .status.killed").wait_for()
+    for tab in tabs[1:]:
+        tab.close()
+
+
 def test_the_form_says_what_is_missing_in_words_of_the_page(opened: Opened) -> None:
     """And shows the field, although it is folded away."""
     shown = opened("/submit")
@@ -220,7 +249,10 @@ PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwG
 
 def test_text_and_a_picture_of_a_result_are_shown(opened: Opened, site: Pair) -> None:
     """A hostile text as text, a picture as a picture; the files of a running job are a link away."""
-    script = f"mkdir 'a b'; echo '<b>bold' > 'a b/ü.txt'; echo {PIXEL} | base64 -d > plot.png; touch ready; sleep 600"
+    script = (
+        f"mkdir 'a b'; echo '<b>bold' > 'a b/ü.txt'; echo {PIXEL} | base64 -d > plot.png; echo none > broken.png; : > empty.txt; "
+        "touch ready; sleep 600"
+    )
     number = submit(site.server, script, user_id=7)
     shown = opened(f"/jobs/{number}")
     shown.locator("#job .status.running").wait_for()
@@ -233,6 +265,10 @@ def test_text_and_a_picture_of_a_result_are_shown(opened: Opened, site: Pair) ->
     picture.wait_for()
     assert picture.evaluate("async image => { await image.decode(); return image.naturalWidth; }") == 1
     assert picture.get_attribute("alt") == "plot.png"
+    shown.get_by_role("link", name="broken.png").click()
+    shown.locator("#preview").get_by_text("It is no picture that a browser can show.").wait_for()
+    shown.get_by_role("link", name="empty.txt").click()
+    shown.locator("#preview").get_by_text("It is empty.").wait_for()
     site.server.post(f"/terminate/{number}")
 
 
@@ -250,7 +286,7 @@ def test_the_overview_follows_and_drains(opened: Opened, site: Pair) -> None:
     shown.locator("#clients svg[aria-label='0 of 8 in use']").wait_for()
 
 
-def test_without_javascript_everything_can_be_read(opened: Opened) -> None:
+def test_without_javascript_everything_can_be_read(opened: Opened, site: Pair) -> None:
     """From the overview by links to the output of the job that failed; buttons that would do nothing are hidden."""
     shown = opened("", java_script_enabled=False)
     shown.get_by_role("link", name="Jobs").click()
@@ -261,6 +297,8 @@ def test_without_javascript_everything_can_be_read(opened: Opened) -> None:
     assert "␛[31mred␛[0m ⟨U+202E⟩evil" in shown.locator("#output").inner_text()
     assert "<img src=x onerror=alert(1)>مرحبا" in shown.locator("h1").inner_text()
     assert shown.locator("button[data-post]:visible").count() == 0
+    shown.goto(f"{site.server.url}/dashboard/submit")
+    assert shown.locator("form:visible").count() == 0 and "needs JavaScript" in shown.locator("main").inner_text()
 
 
 def test_times_are_in_the_readers_language_and_zone(opened: Opened) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import requests
 from conftest import MakeProcess
-from harness import Process, run_to_end
+from harness import Process, field_part, file_part, form, form_type, run_to_end
 from hypothesis import given
 from hypothesis import strategies as st
 from world import Desk, Said, Yard, ask
@@ -135,10 +135,36 @@ def test_the_remedy_for_a_drained_client_is_the_button_on_the_page(desk: Desk) -
     desk.with_client()
     assert ask(desk.server, "POST", f"/clients/{desk.link.name}/drain").status == 200
     text = shown(desk, "/dashboard").text
-    assert f"press Resume at {desk.link.name} under Clients" in text and "POST /" not in text
+    assert f"Press Resume at {desk.link.name} under Clients" in text and "POST /" not in text
     assert "draining, 1 job left" in text
     reader = ask(desk.server, "GET", "/dashboard", caller=joborch.Caller("eye", "token", "reader"))
-    assert f"an operator can resume {desk.link.name}".encode() in reader.body and b"press Resume" not in reader.body
+    assert f"An operator can resume {desk.link.name}".encode() in reader.body and b"press Resume" not in reader.body
+
+
+def test_what_to_do_is_a_sentence_with_its_commands_as_code(desk: Desk) -> None:
+    desk.link.failed(joborch.NoAnswer("does not answer"))
+    elements = shown(desk, "/dashboard")
+    assert "Start it there with joborch client, or check" in elements.text and "`" not in elements.text
+    assert "code" in [tag for tag, _ in elements.found] and "Client " in elements.text
+
+
+def test_the_oldest_wait_is_that_of_the_queue(desk: Desk) -> None:
+    """As in the metrics: a job that follows another one does not wait for a client."""
+    first = desk.with_client(Status.RUNNING, user_id=7)
+    fields = [
+        file_part("run.sh", b"true"),
+        field_part("user_id", "7"),
+        field_part("service", "example"),
+        field_part("after", str(first.id)),
+    ]
+    assert ask(desk.server, "POST", "/upload", form(fields), Content_Type=form_type()["Content-Type"]).status == 201
+    desk.clock.pass_s(900)
+    assert desk.store.read(joborch.OLDEST_QUEUED) == []
+    desk.upload(user_id=2)
+    desk.clock.pass_s(60)
+    elements = shown(desk, "/dashboard")
+    assert "60 s" in elements.text and "16 min" not in elements.text
+    assert "/dashboard/jobs/1" in shown(desk, "/dashboard/jobs/2").values("href", "a"), "the job that it follows is a link away"
 
 
 def test_a_list_is_paged_by_links(desk: Desk) -> None:
@@ -212,7 +238,8 @@ def test_a_job_that_waits_says_for_what_and_can_be_cancelled(desk: Desk) -> None
 
 @pytest.mark.parametrize(("number", "status"), [("99", 404), ("0", 404), ("x", 400), ("1%27", 400)])
 def test_there_is_a_page_for_a_job_that_is_not_there(number: str, status: int, desk: Desk) -> None:
-    assert shown(desk, f"/dashboard/jobs/{number}", status).text
+    elements = shown(desk, f"/dashboard/jobs/{number}", status)
+    assert "Not found" in elements.text if status == 404 else "That does not work" in elements.text
 
 
 def test_users_with_their_shares(desk: Desk) -> None:
@@ -286,6 +313,34 @@ def test_output_is_text_and_only_its_end_is_on_the_page(pair: Any) -> None:
     assert len(answer.content) < 2 * page.LOG_TAIL_BYTES
     assert "<script>alert(1)</script>␛[31mred⟨U+202E⟩evil\n</code></pre><b>bold" in elements.text
     assert "b" not in [tag for tag, _ in elements.found] and len([1 for tag, _ in elements.found if tag == "script"]) == 1
+
+
+def test_the_end_of_a_long_output_is_its_end(own_pair: Any) -> None:
+    """Whatever its size; all of it is a link away, and what is not there is not searched."""
+    pair = own_pair
+    job = run_to_end(pair.server, "head -c 34000000 /dev/zero | tr '\\0' x; echo; echo the very end")
+    elements = Elements(pair.server.get(f"/dashboard/jobs/{job['id']}").content)
+    assert "xxx\nthe very end\n" in elements.text and "its end, 64 KiB" in elements.text
+    assert "It wrote nothing to standard error." in elements.text
+    (link,) = [each for each in elements.values("href", "a") if "inline=1" in each]
+    whole = pair.server.get(link)
+    assert (len(whole.content), whole.headers["Content-Type"][:10]) == (34_000_014, "text/plain")
+    assert "search-text" in elements.values("id")
+    silent = Elements(pair.server.get(f"/dashboard/jobs/{run_to_end(pair.server, 'true')['id']}").content)
+    assert "search-text" not in silent.values("id")
+
+
+def test_many_files_are_paged_by_links(pair: Any) -> None:
+    """Each of them once."""
+    count = 2 * page.FILES_A_PAGE
+    job = run_to_end(pair.server, f"for i in $(seq {count}); do : > f$i; done")
+    path, seen = f"/dashboard/jobs/{job['id']}", list[str]()
+    while path:
+        elements = Elements(pair.server.get(path).content)
+        links = elements.values("href", "a")
+        seen += [link for link in links if re.search(r"/files/f\d+$", link)]
+        path = next((link for link in links if "&after=" in link), "").partition("#")[0]
+    assert len(seen) == len(set(seen)) == count
 
 
 def test_files_are_listed_with_links_that_lead_to_them(pair: Any) -> None:

@@ -48,7 +48,10 @@ def test_any_part_of_any_stream(content: bytes, limit: int, offset: int, room: i
             packer.add_chunks("stdout", chunks, joborch.STREAM_COMMENT.format(kept.size, kept.limit))
             packer.finish()
             part = joborch.part_of_archive(file, "stdout", 10**6, offset)
+            end = joborch.part_of_archive(file, "stdout", 10**6, -offset - 1)
+            from_there = joborch.part_of_archive(file, "stdout", 10**6, max(0, len(content) - offset - 1))
     assert part.text == wanted
+    assert end == from_there, "a negative offset counts from the end"
 
 
 def log(node: Any, path: str) -> tuple[int, bytes, int | None]:

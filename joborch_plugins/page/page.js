@@ -67,6 +67,7 @@ async function refresh() {
     refreshing = false;
     setTimeout(() => { if (again) { again = false; refresh(); } }, NEWS_MS);
     followOpen();
+    listen();
   }
 }
 
@@ -81,7 +82,12 @@ function followOpen() {
 // reads or searches it; its stream goes on to the end, and through further attempts.
 function showPhase(fresh) {
   const output = byId("output"), now = fresh.getElementById("output");
-  if (!output || !now || [output.dataset.phase, "waits"].includes(now.dataset.phase)) return;
+  if (!output || !now) return;
+  if (output.dataset.attempt !== now.dataset.attempt) {
+    output.dataset.attempt = now.dataset.attempt;
+    for (const [box, source] of follows) if (!source) delete box.dataset.at; // a stream that is open tells of a new attempt itself
+  }
+  if ([output.dataset.phase, "waits"].includes(now.dataset.phase)) return;
   const phase = now.dataset.phase, isEmpty = (stream) => !byId(stream)?.querySelector("code")?.textContent, both = ["stdout", "stderr"];
   if (both.every(isEmpty) && !(byId("search") && now.querySelector("#search"))) {
     replaceById("output", fresh);
@@ -95,20 +101,34 @@ function showPhase(fresh) {
 
 function replaceById(id, fresh) {
   if (!byId(id) || !fresh.getElementById(id)) return;
-  for (const box of byId(id).querySelectorAll("[data-log]")) follows.get(box)?.close();
+  for (const box of byId(id).querySelectorAll("[data-log]")) unfollow(box);
   byId(id).replaceWith(document.adoptNode(fresh.getElementById(id)));
 }
 
+// A browser makes six connections to a server without TLS, for all its tabs together, and a stream keeps one. So a page has streams
+// only while it is shown; one that follows output, which takes two, asks for news. In between, and without events, it asks, too.
+let news = null;
 function listen() {
-  let timer = 0;
-  const poll = () => { timer ||= setInterval(() => { if (!document.hidden) refresh(); }, POLL_MS); };
-  document.addEventListener("visibilitychange", () => { if (!document.hidden) refresh(); });
-  poll(); // until events come
-  setInterval(() => { if (!document.hidden && document.querySelector("[data-moving]")) refresh(); }, POLL_MS); // instances send no events
-  const news = new EventSource("/changes");
-  news.onopen = () => { clearInterval(timer); timer = 0; refresh(); };
-  news.onmessage = refresh;
-  news.onerror = poll; // the browser connects again by itself, unless the server has no place for one more listener
+  const wanted = parts.size && !document.hidden;
+  for (const [box, source] of follows) {
+    if (document.hidden && source) { source.close(); follows.set(box, null); }
+    if (!document.hidden && !source) connect(box);
+  }
+  if (news && (!wanted || follows.size)) { news.close(); news = null; }
+  if (news || !wanted || follows.size) return;
+  news = new EventSource("/changes");
+  news.onopen = refresh;
+  news.onmessage = refresh; // after an error the browser connects again by itself, unless the server has no place for one more listener
+}
+
+function startNews() {
+  document.addEventListener("visibilitychange", () => { if (document.hidden) listen(); else refresh(); });
+  window.addEventListener("pageshow", (event) => { if (event.persisted) refresh(); }); // Back shows the page as it was left
+  setInterval(() => {
+    const isTold = news?.readyState === EventSource.OPEN && !document.querySelector("[data-moving]"); // instances send no events
+    if (!document.hidden && !isTold) refresh();
+  }, POLL_MS);
+  listen();
 }
 
 // -- Buttons --
@@ -146,19 +166,30 @@ async function press(button) {
 
 // -- Output: followed while the job runs, and searched --
 
-const follows = new Map(); // streams by their boxes
+const follows = new Map(); // streams by their boxes; null while there is none
 function follow(box) {
-  const source = new EventSource(box.dataset.log), code = box.firstElementChild;
+  box.firstElementChild.dataset.empty = "nothing yet";
+  follows.set(box, null);
+}
+
+function unfollow(box) {
+  follows.get(box)?.close();
+  follows.delete(box);
+}
+
+function connect(box) {
+  const source = new EventSource(box.dataset.log + (box.dataset.at ? `&offset=${box.dataset.at}` : "")), code = box.firstElementChild;
   follows.set(box, source);
-  code.dataset.empty = "nothing yet";
   source.onmessage = (event) => {
     const atEnd = box.scrollTop + box.clientHeight >= box.scrollHeight - 40;
     const text = code.textContent + visible(event.data);
     code.textContent = text.length > LOG_CHARS ? text.slice(-LOG_CHARS) : text;
+    box.dataset.at = event.lastEventId;
     if (atEnd) box.scrollTop = box.scrollHeight;
     if (byId("search-text").value) search(0, false);
   };
-  source.addEventListener("end", () => { source.close(); refresh(); });
+  source.onerror = () => { if (source.readyState === EventSource.CLOSED && follows.has(box)) follows.set(box, null); }; // `listen` tries again
+  source.addEventListener("end", () => { unfollow(box); refresh(); });
 }
 
 let found = [], at = -1;
@@ -180,7 +211,7 @@ function search(step, show = true) {
   byId("search-count").textContent = !wanted ? "" : found.length ? `${at + 1} of ${found.length}` : "not found";
   if (show && found.length) showHit(found[at], found[at].closest("pre"));
   found[at]?.classList.add("here");
-  if (show && !wanted) for (const box of follows.keys()) box.scrollTop = box.scrollHeight; // back to what comes in
+  if (show && !wanted) for (const box of document.querySelectorAll("[data-log]")) box.scrollTop = box.scrollHeight; // back to the end
 }
 
 function showHit(mark, box) {
@@ -189,7 +220,10 @@ function showHit(mark, box) {
 }
 
 function startOutput() {
-  for (const box of document.querySelectorAll("[data-log]:not([data-over])")) follow(box);
+  for (const box of document.querySelectorAll("[data-log]")) {
+    box.scrollTop = box.scrollHeight;
+    if (!("over" in box.dataset)) follow(box);
+  }
   if (!byId("search")) return;
   byId("search").hidden = false;
   byId("search-text").addEventListener("input", () => { at = -1; search(0); });
@@ -202,27 +236,47 @@ function startOutput() {
 
 async function preview(link) {
   const name = link.textContent, kind = IMAGES[name.split(".").pop().toLowerCase()];
-  const answer = await fetch(link.href), bytes = await answer.arrayBuffer();
+  say("");
   let shown;
-  if (!answer.ok) {
-    say(`${name} cannot be read now.`);
+  try {
+    const answer = await fetch(link.href);
+    if (!answer.ok) throw new Error((await answer.json()).message);
+    const bytes = await answer.arrayBuffer();
+    shown = kind ? picture(name, new Blob([bytes], { type: kind })) : textOf(bytes);
+  } catch (error) {
+    say(`${name} cannot be read now: ${error instanceof TypeError ? "the server does not answer" : error.message}.`);
     return;
-  } else if (kind) {
-    shown = document.createElement("img");
-    shown.alt = name;
-    shown.src = URL.createObjectURL(new Blob([bytes], { type: kind }));
-  } else {
-    let text;
-    try { text = new TextDecoder("utf-8", { fatal: true }).decode(bytes); } catch { location.href = link.href; return; }
-    shown = document.createElement("pre");
-    shown.tabIndex = 0;
-    shown.textContent = visible(text);
   }
+  byId("preview").hidden = !shown;
+  if (!shown) { location.href = link.href; return; } // the browser saves it
   byId("preview-name").textContent = name;
   byId("preview-content").replaceChildren(shown);
-  byId("preview").hidden = false;
   byId("preview").focus();
   byId("preview").scrollIntoView({ block: "nearest" });
+}
+
+function picture(name, content) {
+  const shown = document.createElement("img");
+  shown.alt = name;
+  shown.src = URL.createObjectURL(content);
+  shown.addEventListener("load", () => byId("preview").scrollIntoView({ block: "nearest" }));
+  shown.addEventListener("error", () => shown.replaceWith(note("It is no picture that a browser can show.")));
+  return shown;
+}
+
+function textOf(bytes) {
+  if (!bytes.byteLength) return note("It is empty.");
+  const shown = document.createElement("pre");
+  try { shown.textContent = visible(new TextDecoder("utf-8", { fatal: true }).decode(bytes)); } catch { return null; }
+  shown.tabIndex = 0;
+  return shown;
+}
+
+function note(text) {
+  const shown = document.createElement("p");
+  shown.className = "quiet";
+  shown.textContent = text;
+  return shown;
 }
 
 // -- Submit: files or a folder, dropped or chosen; the folder's own name is left out --
@@ -307,6 +361,7 @@ function showSending(form, sending) {
 
 function startSubmit(form) {
   const drop = byId("drop");
+  form.hidden = false;
   for (const name of ["files", "folder"]) {
     byId(name).addEventListener("change", (event) => {
       choose([...event.target.files].map((file) => [file.webkitRelativePath || file.name, file]));
@@ -318,7 +373,11 @@ function startSubmit(form) {
   drop.addEventListener("drop", async (event) => {
     event.preventDefault();
     const entries = [...event.dataTransfer.items].map((item) => item.webkitGetAsEntry()).filter(Boolean);
-    choose((await Promise.all(entries.map((entry) => entriesOf(entry, "")))).flat());
+    try {
+      choose((await Promise.all(entries.map((entry) => entriesOf(entry, "")))).flat());
+    } catch (error) {
+      say(`What was dropped cannot be read: ${error.message}`);
+    }
   });
   form.addEventListener("submit", (event) => { event.preventDefault(); sendJob(form); });
   window.addEventListener("pageshow", () => showSending(form, false)); // Back shows the page as it was left
@@ -348,7 +407,7 @@ document.addEventListener("click", (event) => {
     preview(link);
   }
 });
-if (parts.size) listen();
 if (byId("submit")) startSubmit(byId("submit"));
 startOutput();
+if (parts.size) startNews();
 for (const fold of document.querySelectorAll(".fold")) startFold(fold);
