@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 # == 1. Calls ==  A client's answers are limited in size and time. A connection serves one call after another.
 
 ANSWER_HEADERS = 100  # at most
-ANSWER_HEAD_BYTES = 64 * KIB  # of an answer without its body: headers, a "100 Continue" before them, chunk framing
+ANSWER_HEAD_BYTES = 64 * KIB  # of an answer without its body: headers, those before them as "100 Continue", chunk framing
 SLOWEST_BYTES_S = 8 * KIB  # an answer that is slower on average is abandoned
 WANTED_LOOK_S = 1.0  # between two checks that a caller still waits for an answer
 IDLE_CONNECTIONS = 16  # to one client
@@ -129,7 +129,7 @@ class Reply(http.client.HTTPResponse):
         """Read the head of the answer. http.client parses it as an e-mail, which takes longer than all the rest of a call."""
         answer: Any = self  # http.client's own fields
         answer.status = 100
-        while answer.status == 100:  # Continue: the answer follows
+        while answer.status < 200 and answer.status != 101:  # 100 Continue, 103 Early Hints: the answer follows (RFC 9110, 15.2)
             line = self.head_line(is_first=True)
             match = re.fullmatch(r"HTTP/([0-9.]+) +([1-9][0-9]{2})(?: .*)?", line)
             if not match:

@@ -99,6 +99,9 @@ CARRIERS = tuple(
     for text, bits in (("::ffff:0:0/96", 0), ("::/96", 0), ("64:ff9b::/96", 0), ("::ffff:0:0:0/96", 0), ("2002::/16", 80))
 )
 TEREDO, MAPPED = ipaddress.IPv6Network("2001::/32"), CARRIERS[0][0]
+ISATAP = (0x5EFE, 0x0200_5EFE)  # the third quarter of addresses that end with an IPv4 address (RFC 5214, 6.1)
+# Special networks (RFC 6890 and its registry) that `is_global` of some versions of Python takes for public.
+SPECIAL = tuple(map(ipaddress.ip_network, ("100.64.0.0/10", "192.0.0.0/24", "192.88.99.0/24", "198.18.0.0/15", "3fff::/20", "5f00::/16")))
 # Only listing the very address allows these: where clouds keep secrets of a machine, and networks that name no single machine.
 NEVER = tuple(
     ipaddress.ip_network(text)
@@ -120,6 +123,8 @@ def stands_for(address: Ip) -> Iterator[Ip]:
     if isinstance(address, ipaddress.IPv6Address):
         if address in TEREDO:
             yield ipaddress.IPv4Address(~int(address) & 0xFFFFFFFF)
+        if int(address) >> 32 & 0xFFFFFFFF in ISATAP:
+            yield ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
         for network, bits in CARRIERS:
             if address in network and not address.is_loopback:
                 yield ipaddress.IPv4Address(int(address) >> bits & 0xFFFFFFFF)
@@ -154,7 +159,8 @@ class Hosts(NamedTuple):
             if not any(each in network for network in self.networks):
                 if any(each in network for network in NEVER):
                     raise Forbidden(f"{host} has the address {text}, which is never called: list the address in JOBORCH_CALLBACK_HOSTS")
-                if not each.is_global and host not in self.names:
+                is_public = each.is_global and not any(each in network for network in SPECIAL)
+                if not is_public and host not in self.names:
                     raise Forbidden(f"{host} has the address {text}, which is not public: list {host} in JOBORCH_CALLBACK_HOSTS")
 
 
@@ -228,7 +234,7 @@ class CheckedConnection(Connection):
 
     def __init__(self, url: str, hosts: Hosts) -> None:
         super().__init__(url, [])
-        self.hosts = hosts
+        self.host, self.hosts = self.host.rstrip("."), hosts  # a dot at the end is no part of the name, in lists or certificates
 
     def connect(self, timeout_s: float) -> socket.socket:
         """Connect to an address of the host. The address that is checked is the one that is called: the name is not resolved again."""

@@ -266,6 +266,7 @@ BAD_RECEIVERS: dict[str, tuple[Callable[[socket.socket], Any], str]] = {
     "endless headers": (endlessly(b"X-More: " + b"y" * 1000 + b"\r\n", HEAD), "headers|not HTTP"),
     "one endless header": (endlessly(b"y" * 4096, HEAD + b"X-Long: "), "not HTTP|headers"),
     "endless Continue": (endlessly(b"HTTP/1.1 100 Continue\r\n\r\n", b""), "headers"),
+    "endless hints": (endlessly(b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n", b""), "headers"),
     "a slow head": (slowly(b"HTTP/1.1 200 OK\r\nX: "), "takes too long|timed out"),
     "silence": (lambda line: (receive(line), line.recv(1)), "timed out"),
 }
@@ -290,6 +291,18 @@ def test_a_bad_receiver_is_tried_again(kind: str, office: Desk, monkeypatch: pyt
         office.clock.pass_s(10)
         deliver(office)
         assert states(office, job) == [("delivered", 2)]
+    finally:
+        receiver.close()
+
+
+@pytest.mark.parametrize("first", [b"103 Early Hints\r\nLink: </a.css>", b"102 Processing", b"100 Continue", b"199 \r\nContent-Length: 9"])
+def test_an_answer_that_comes_after_others_counts(first: bytes, office: Desk) -> None:
+    """Gateways send 103 before the answer, and slow receivers 102, also several of them."""
+    receiver = Raw(lambda line: (receive(line), line.sendall(2 * (b"HTTP/1.1 " + first + b"\r\n\r\n") + b"HTTP/1.1 204 No\r\n\r\n")))
+    try:
+        job = ended(office, f"http://127.0.0.1:{receiver.port}/")
+        deliver(office)
+        assert states(office, job) == [("delivered", 1)]
     finally:
         receiver.close()
 
@@ -597,6 +610,31 @@ def test_a_name_that_resolves_to_another_address_the_second_time(office: Desk, c
     assert [each["code"] for each in said["tries"]] == [500, None]
     assert "rebind.example.org has the address 127.0.0.1, which is not public" in said["tries"][1]["answer"]
     assert canary.calls() == 0
+
+
+SPECIAL = [
+    "100.64.0.1", "100.127.255.255", "192.0.0.8", "192.0.0.170", "192.88.99.1", "192.0.2.1", "198.18.0.1", "198.51.100.1",
+    "203.0.113.5", "3fff::1", "5f00::1", "100::1", "2001:db8::1", "2001:2::1", "2001:10::1", "fc00::1", "2600::5efe:10.0.0.1",
+    "2600::200:5efe:127.0.0.1", "2600::5efe:169.254.169.254", "::ffff:192.88.99.1", "64:ff9b::10.0.0.1", "64:ff9b::192.0.0.8",
+    "2002:a00:1::", "2001:0:1:2::f5ff:fffe",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("address", SPECIAL)
+def test_an_address_for_a_special_purpose_is_not_public(address: str) -> None:
+    """On any version of Python, also in an IPv6 address that stands for it."""
+    with pytest.raises(OSError, match=r"not public|never called"):
+        read_hosts("*").check("portal.example.org", address)
+
+
+def test_a_dot_at_the_end_of_a_host_changes_nothing(office: Desk, receiver: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A listed host may have an address that is not public."""
+    receiver.says["/hook"] = [OK]
+    office.restart(JOBORCH_CALLBACK_HOSTS="portal.example.org")
+    asked = resolving(monkeypatch, "127.0.0.1")
+    job = ended(office, f"http://Portal.Example.org.:{receiver.url.rpartition(':')[2]}/hook")
+    deliver(office)
+    assert states(office, job) == [("delivered", 1)] and asked == ["portal.example.org"]
 
 
 def test_the_good_address_of_a_host_is_called(office: Desk, receiver: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
