@@ -118,7 +118,7 @@ def stop_pools(pools: Collection[Pool], timeout_s: float) -> None:
         pool.stop(max(0.0, deadline - time.monotonic()))
 
 
-@dataclass
+@dataclass(eq=False)
 class Loop:
     """Runs `tick` in a thread of a pool: at once when woken or while a tick returns True (more to do), else every `period_s`.
 

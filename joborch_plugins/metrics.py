@@ -8,6 +8,7 @@ import os
 import sqlite3
 import threading
 import time
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from joborch import (
     Client,
     Gives,
     Job,
+    Loop,
     Move,
     Node,
     Request,
@@ -91,11 +93,17 @@ class Histogram(Family):
         super().__init__(name, "histogram", meaning, labels)
         self.bounds, self.buckets = tuple(bounds), dict[Labels, list[int]]()
 
+    def begin(self, labels: Labels) -> None:
+        """Show these labels from now on, without a value. The caller holds the lock of all metrics."""
+        if labels not in self.buckets:
+            self.buckets[labels] = [0] * (len(self.bounds) + 1)
+            self.add(labels, 0)
+
     def observe(self, labels: Labels, value: float) -> None:
         """Count a value, which is not negative. The caller holds the lock of all metrics."""
         value = max(0.0, value)
-        buckets = self.buckets.get(labels) or self.buckets.setdefault(labels, [0] * (len(self.bounds) + 1))
-        buckets[bisect.bisect_left(self.bounds, value)] += 1
+        self.begin(labels)
+        self.buckets[labels][bisect.bisect_left(self.bounds, value)] += 1
         self.add(labels, value)
 
     def samples(self) -> Iterator[str]:
@@ -134,6 +142,8 @@ class Metrics:
         self.took = Family("http_request_seconds_total", "counter", "time that handlers took, waits included", ("method", "route"))
         self.received = Family("http_received_bytes_total", "counter", "bytes of the bodies of requests", ("method", "route"))
         self.sent = Family("http_sent_bytes_total", "counter", "bytes of the bodies of answers, as announced", ("method", "route"))
+        self.errors = Family("loop_errors_total", "counter", "ticks of a loop that ended in an error", ("loop",))
+        self.errors_of = weakref.WeakKeyDictionary[Loop, int]()  # those that are counted
         self.counted = [value for value in vars(self).values() if isinstance(value, Family)]
         self.begin(node.config.services if self.is_server else ())
 
@@ -147,8 +157,10 @@ class Metrics:
                         self.live.add((service, status.value), 0)
                 for cause in Cause:
                     self.failures.add((service, cause.value), 0)
-                self.attempts.add((service,), 0)
-                self.results.add((service,), 0)
+                for family in (self.attempts, self.results):
+                    family.add((service,), 0)
+                for histogram in (self.wait, self.dispatch, self.run, self.transfer):
+                    histogram.begin((service,))
 
     def start(self) -> None:
         """Count the jobs that are there now. Of a million that takes a second, so a thread does it, on a snapshot of this moment."""
@@ -231,12 +243,19 @@ class Metrics:
             if sent:
                 self.sent.add(labels, sent)
 
+    def count_errors(self) -> None:
+        """Count the errors of loops since the last look: a loop that goes with its client takes none away. The caller holds the lock."""
+        for loop in list(self.node.loops.values()):
+            self.errors.add((loop.name.partition(":")[0],), loop.errors - self.errors_of.get(loop, 0))
+            self.errors_of[loop] = loop.errors
+
     def text(self) -> str:
         """Return everything as text."""
         now = [*figures_of_process(self.node), *figures_of_problems(self.node)]
         if isinstance(self.node, Server):
             now += figures_of_server(self.node)
         with self.lock:
+            self.count_errors()
             lines = [line for family in (*self.counted, *now) for line in family.lines()]
         return "\n".join(lines) + "\n"
 
@@ -274,10 +293,6 @@ def figures_of_process(node: Node) -> Iterator[Family]:
     yield figure("disk_kept_bytes", "free space below which uploads are refused", node.config.min_free_bytes)
     loops = list(node.loops.values())
     yield figure("loop_lag_seconds", "how late the timer looked at a loop, at most", max((loop.late_s for loop in loops), default=0.0))
-    errors = Family("loop_errors_total", "counter", "ticks of a loop that ended in an error", ("loop",))
-    for loop in loops:
-        errors.add((loop.name.partition(":")[0],), loop.errors)
-    yield errors
     if isinstance(node, Client):
         yield figure("slots", "slots of this client", node.config.slots)
         yield figure("load_percent", "CPU use of this machine", node.cpu_load())

@@ -21,8 +21,9 @@ from harness import ROOT, Pair, Process, free_port, run_to_end, submit, wait_for
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
-from world import BOUNDED, Desk, Disk
+from world import BOUNDED, Desk, Disk, ask
 
+import joborch
 from joborch import Status
 from joborch_plugins.metrics import Family, Histogram
 
@@ -91,6 +92,27 @@ def test_jobs_are_counted(own_pair: Pair) -> None:
     wait_status(server, running, "Killed", limit_s=PATIENCE_S)
     found = metrics_of(server)
     assert (value(found, "jobs_current"), value(found, "jobs_total", status="Killed")) == (0, 1)
+
+
+def test_the_first_value_of_a_histogram_is_an_increase(desk: Desk) -> None:
+    """Its buckets are there before: what appears with a value has no rate for Prometheus."""
+    found = parsed(ask(desk.server, "GET", "/metrics").body.decode())
+    for name in ("wait", "dispatch", "run", "transfer"):
+        assert value(found, f"{name}_seconds_count", service="example") == value(found, f"{name}_seconds_bucket", le="+Inf") == 0
+
+
+def test_no_counter_falls_when_a_client_is_gone(desk: Desk) -> None:
+    """The errors of its loops stay counted."""
+    desk.server.loops = loops = joborch.make_server_loops(desk.server)
+    (name,) = [name for name in loops if name.startswith("get:")]
+    loops[name].errors = 3
+
+    def counted() -> float:
+        return value(parsed(ask(desk.server, "GET", "/metrics").body.decode()), "loop_errors_total", loop="get")
+
+    assert [counted(), counted()] == [3, 3]
+    desk.server.loops = {other: loop for other, loop in loops.items() if other != name}
+    assert counted() == 3
 
 
 def test_what_is_refused_is_counted_too(own_pair: Pair) -> None:
