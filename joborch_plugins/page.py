@@ -294,7 +294,8 @@ def sign_in_page(server: Server, request: Request, trouble: str = "", to: str = 
     if not (server.tokens or server.token_store):
         text = "This server has no token, and answers only the user who runs it. Set JOBORCH_TOKEN for it, and load this page again."
         return whole_page(server, request, "Not allowed", tag("p", text, class_="large"), 403)
-    return whole_page(server, request, "Sign in", fill("sign_in", trouble=trouble, to=to or request.environ.get("PATH_INFO", "")), 401)
+    path, query = request.environ.get("PATH_INFO", ""), request.environ.get("QUERY_STRING", "")
+    return whole_page(server, request, "Sign in", fill("sign_in", trouble=trouble, to=to or path + (f"?{query}" if query else "")), 401)
 
 
 def page(path: str, takes: Sequence[Parameter] = (), slow: bool = False) -> Callable[[Callable[..., Answer]], Callable[..., Answer]]:
@@ -986,5 +987,5 @@ def session(server: Server, request: Request) -> Answer:
         return sign_in_page(server, request, "The token is wrong.", to)
     over_tls = request.header("Origin").startswith("https://")
     cookie = f"{session_cookie(server)}={value}; Path=/; Max-Age={SESSION_S if value else 0:.0f}; HttpOnly; SameSite=Strict"
-    target = to if re.fullmatch(r"/dashboard[/A-Za-z0-9]*", to) else "/dashboard"
+    target = to if re.fullmatch(r"/dashboard[/A-Za-z0-9]*(\?[!-~]*)?", to) else "/dashboard"
     return Answer(None, 303, {"Location": target, "Set-Cookie": cookie + ("; Secure" if over_tls else ""), "Cache-Control": "no-store"})

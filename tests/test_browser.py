@@ -327,3 +327,42 @@ def test_a_browser_signs_in_sends_and_cancels(opened: Opened, tmp_path: Path) ->
         shown.locator("#job .status.killed").wait_for()
         shown.get_by_role("button", name="Sign out").click()
         shown.get_by_label("Token").wait_for()
+
+
+def test_who_is_signed_out_loses_neither_the_form_nor_the_way(opened: Opened, tmp_path: Path) -> None:
+    """What is filled in is sent after signing in again in another tab; a link with filters leads there after signing in."""
+    guarded = Process("server", tmp_path / "guarded", {"JOBORCH_TOKEN": "the-right-token"})
+    with contextlib.closing(guarded.start()):
+        shown = opened("/jobs?user_id=7", guarded)
+        shown.get_by_label("Token").fill("the-right-token")
+        shown.get_by_role("button", name="Sign in").click()
+        shown.wait_for_url("**/dashboard/jobs?user_id=7")
+        shown.goto(f"{guarded.url}/dashboard/submit")
+        shown.get_by_label("Or write the script here").fill("sleep 600")
+        shown.get_by_label("User").fill("7")
+        shown.context.clear_cookies()
+        shown.get_by_role("button", name="Send the job").click()
+        shown.locator("#trouble").get_by_text("sign in again in another tab").wait_for()
+        other = shown.context.new_page()
+        other.goto(f"{guarded.url}/dashboard")
+        other.get_by_label("Token").fill("the-right-token")
+        other.get_by_role("button", name="Sign in").click()
+        other.get_by_role("button", name="Sign out").wait_for()
+        shown.get_by_role("button", name="Send the job").click()
+        shown.wait_for_url("**/dashboard/jobs/1")
+        shown.close()  # before its server
+
+
+def test_files_are_dropped_anywhere_on_the_page(opened: Opened, tmp_path: Path) -> None:
+    """Beside the frame the browser would open them in place of the form; many are counted, in the order of their names."""
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for number in range(300):
+        (folder / f"f{number:03}").write_text("x" * 10)
+    shown = opened("/submit")
+    devtools = shown.context.new_cdp_session(shown)
+    data = {"items": [], "files": [str(folder)], "dragOperationsMask": 1}
+    for kind in ("dragEnter", "dragOver", "drop"):
+        devtools.send("Input.dispatchDragEvent", {"type": kind, "x": 300, "y": 10, "data": data})
+    shown.get_by_text("300 files, 2.9 KiB; the first 200 of them:").wait_for()
+    assert shown.locator("#chosen li").first.inner_text().startswith("f000 10 bytes") and shown.locator("#chosen li").count() == 200

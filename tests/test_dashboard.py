@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 import requests
@@ -373,7 +374,7 @@ def test_no_page_shows_anything_to_a_stranger(desk: Desk) -> None:
 
 def signed_in(desk: Desk, token: str = "right", **fields: str) -> Said:
     """The answer to the form that asks for a token."""
-    body = "&".join(f"{name}={value}" for name, value in {"token": token, **fields}.items()).encode()
+    body = urlencode({"token": token, **fields}).encode()
     return ask(desk.server, "POST", "/session", body, caller=None, Host="127.0.0.1:5000", Origin="http://127.0.0.1:5000")
 
 
@@ -397,10 +398,16 @@ def test_a_session_ends_and_cannot_be_made_up(desk: Desk, yard: Yard) -> None:
     assert joborch.csrf_token_of(desk.server, cookie) is None
 
 
-@pytest.mark.parametrize("to", ["//evil.example", "https://evil.example", "/dashboard/%0d%0aX:1", "/upload", "/dashboardx@evil", "\\evil"])
+@pytest.mark.parametrize(
+    "to",
+    ["//evil.example", "https://evil.example", "/dashboard/%0d%0aX:1", "/upload", "/dashboardx@evil", "\\evil", "/dashboard?a\r\nX: 1"],
+)
 def test_signing_in_leads_to_the_page_alone(to: str, desk: Desk) -> None:
     desk.server.tokens = ("right",)
-    assert signed_in(desk, to="/dashboard/jobs/7").headers["Location"] == "/dashboard/jobs/7"
+    for wanted in ("/dashboard/jobs/7", "/dashboard/jobs?user_id=7&status=Failed"):
+        asked = ask(desk.server, "GET", wanted, caller=None)
+        assert (asked.status, Elements(asked.body).values("value", "input")) == (401, [wanted])
+        assert signed_in(desk, to=wanted).headers["Location"] == wanted
     assert re.fullmatch(r"/dashboard[a-z]*", signed_in(desk, to=to).headers["Location"])
 
 

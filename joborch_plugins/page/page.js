@@ -5,6 +5,7 @@
 const POLL_MS = 3000, NEWS_MS = 1000; // without events: how often to ask; with them: the shortest pause between two pages
 const LOG_CHARS = 1 << 20; // of an output kept on the page
 const PREVIEW_BYTES = 4 << 20;
+const CHOSEN_SHOWN = 200; // files of a job that is to be sent
 const IMAGES = { png: "image/png", jpg: "image/jpeg", jpeg: "image/jpeg", gif: "image/gif", webp: "image/webp", svg: "image/svg+xml" };
 const byId = (id) => document.getElementById(id);
 
@@ -28,6 +29,11 @@ function localize(root) {
 function say(text) {
   byId("trouble").textContent = text;
   byId("trouble").hidden = !text;
+}
+
+function sayLive(text) {
+  byId("live").textContent = text;
+  byId("live").className = text === "live" ? "quiet" : "alert";
 }
 
 // -- News: the server's page again, and in it the parts that have changed --
@@ -60,9 +66,9 @@ async function refresh() {
       replacePart(part, now);
     }
     if (answer.ok) showPhase(fresh);
-    byId("live").textContent = answer.ok ? "live" : "";
+    sayLive(answer.ok ? "live" : "");
   } catch {
-    byId("live").textContent = "The server does not answer.";
+    sayLive("The server does not answer.");
   } finally {
     refreshing = false;
     setTimeout(() => { if (again) { again = false; refresh(); } }, NEWS_MS);
@@ -133,9 +139,25 @@ function startNews() {
 
 // -- Buttons --
 
-function send(method, url) {
+// Who has signed in again, in another tab, has another session: then this page, with what is filled in, takes its CSRF token.
+let signedOut = false;
+async function csrfHeader() {
   const csrf = document.querySelector("meta[name=csrf]");
-  return fetch(url, { method, headers: { [csrf.dataset.header]: csrf.content } });
+  if (signedOut) {
+    const answer = await fetch(location.href), fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
+    csrf.content = fresh.querySelector("meta[name=csrf]").content;
+    signedOut = false;
+  }
+  return [csrf.dataset.header, csrf.content];
+}
+
+function whyNot(status, message) {
+  signedOut = status === 401 || status === 403;
+  return status === 401 ? "You are signed out: sign in again in another tab, then try again here." : message;
+}
+
+async function send(method, url) {
+  return fetch(url, { method, headers: Object.fromEntries([await csrfHeader()]) });
 }
 
 function confirmed(button) {
@@ -155,7 +177,7 @@ async function press(button) {
   say("");
   try {
     const answer = await send("POST", post), said = await answer.json();
-    if (!answer.ok && answer.status !== 409) say(said.message);
+    if (!answer.ok && answer.status !== 409) say(whyNot(answer.status, said.message));
     else if (then) { location.href = then.replace("{id}", said.id); return; }
   } catch {
     say("The server does not answer: try again.");
@@ -296,8 +318,12 @@ function choose(files) {
   showChosen();
 }
 
+const sizeText = (bytes) => bytes < 1024 ? `${bytes} bytes` : `${(bytes / 1024).toLocaleString(undefined, { maximumFractionDigits: 1 })} KiB`;
 function showChosen() {
-  byId("chosen").replaceChildren(...[...chosen].slice(0, 1000).map(([path, file]) => {
+  const files = [...chosen].sort(([one], [other]) => one < other ? -1 : 1), total = files.reduce((sum, [, file]) => sum + file.size, 0);
+  const more = files.length > CHOSEN_SHOWN ? `; the first ${CHOSEN_SHOWN} of them` : "";
+  byId("chosen-count").textContent = files.length > 1 ? `${files.length.toLocaleString()} files, ${sizeText(total)}${more}:` : "";
+  byId("chosen").replaceChildren(...files.slice(0, CHOSEN_SHOWN).map(([path, file]) => {
     const item = document.createElement("li"), name = document.createElement("bdi"), drop = document.createElement("button");
     name.textContent = visible(path);
     drop.type = "button";
@@ -305,7 +331,7 @@ function showChosen() {
     drop.textContent = "remove";
     drop.setAttribute("aria-label", `remove ${path}`);
     drop.addEventListener("click", () => { chosen.delete(path); showChosen(); });
-    item.append(name, ` ${(file.size / 1024).toLocaleString(undefined, { maximumFractionDigits: 1 })} KiB `, drop);
+    item.append(name, ` ${sizeText(file.size)} `, drop);
     return item;
   }));
   byId("own-script").hidden = chosen.has("run.sh");
@@ -333,10 +359,9 @@ function sendJob(form) {
   for (const [name, value] of new FormData(form)) if (typeof value === "string" && value) body.append(name, value);
   if (!chosen.has("run.sh") && script) body.append("file", new Blob([script]), "run.sh");
   for (const [path, file] of chosen) body.append("file", file, path);
-  const call = new XMLHttpRequest(), csrf = document.querySelector("meta[name=csrf]");
+  const call = new XMLHttpRequest();
   const over = () => showSending(form, false);
   call.open("POST", form.action);
-  call.setRequestHeader(csrf.dataset.header, csrf.content);
   call.responseType = "json";
   call.upload.onprogress = ({ loaded, total }) => {
     byId("progress").value = 100 * loaded / total;
@@ -346,12 +371,12 @@ function sendJob(form) {
     if (call.status === 201) { location.href = `/dashboard/jobs/${call.response.id}`; return; }
     over();
     const { message = `The server answered with status ${call.status}.`, field } = call.response ?? {};
-    showError(inTheForm(message), byId(`field-${field}`));
+    showError(inTheForm(whyNot(call.status, message)), byId(`field-${field}`));
   };
   call.onerror = () => { over(); say("The server does not answer: try again."); };
   say("");
   showSending(form, true);
-  call.send(body);
+  csrfHeader().then((csrf) => { call.setRequestHeader(...csrf); call.send(body); }, call.onerror);
 }
 
 function showSending(form, sending) {
@@ -368,9 +393,14 @@ function startSubmit(form) {
       event.target.value = "";
     });
   }
-  for (const name of ["dragenter", "dragover"]) drop.addEventListener(name, (event) => { event.preventDefault(); drop.classList.add("over"); });
-  for (const name of ["dragleave", "drop"]) drop.addEventListener(name, () => drop.classList.remove("over"));
-  drop.addEventListener("drop", async (event) => {
+  // Anywhere on the page: what is dropped beside the frame would be opened in place of the form.
+  const hasFiles = (event) => event.dataTransfer.types.includes("Files");
+  for (const name of ["dragenter", "dragover"]) {
+    document.addEventListener(name, (event) => { if (hasFiles(event)) { event.preventDefault(); drop.classList.add("over"); } });
+  }
+  for (const name of ["dragleave", "drop"]) document.addEventListener(name, () => drop.classList.remove("over"));
+  document.addEventListener("drop", async (event) => {
+    if (!hasFiles(event)) return;
     event.preventDefault();
     const entries = [...event.dataTransfer.items].map((item) => item.webkitGetAsEntry()).filter(Boolean);
     try {
