@@ -241,7 +241,7 @@ from joborch_base.routes import (
     csrf_token_of,
     file_answer,
     find_route,
-    full_text,
+    full_texts,
     make_app,
     may_call,
     new_session,
@@ -436,7 +436,7 @@ __all__ = (  # noqa: RUF022 - the only names that plug-ins may use; a test check
     "EXAMPLE_JOB", "EXAMPLE_SERVICE", "EXIT_DONE", "EXIT_FAILED", "file_answer", "file_chunks", "FilesBody", "file_sha256",
     "file_trouble", "Filter",
     "Finding", "find_route", "finish_restore", "first_file_limit", "fits_one", "folder_of", "Forgotten", "forgotten_executor",
-    "format_duration", "FormReader", "frame", "FRAMES_BYTES", "free_bytes", "fsync_path", "full_text", "GIB", "Gives", "Gone", "hear",
+    "format_duration", "FormReader", "frame", "FRAMES_BYTES", "free_bytes", "fsync_path", "full_texts", "GIB", "Gives", "Gone", "hear",
     "HELLO_TIMEOUT_S", "helper_environment", "host_of", "HttpError", "ID", "IDLE_LOOK_S", "ids_in", "INLINE_BYTES", "Input",
     "InputsChanged", "inputs_digest", "INSTANCE", "Instance", "is_loopback", "is_own_user", "is_whole_token", "Job", "job_after_wait",
     "job_json", "job_log", "JoborchError", "job_summary", "JSON_TYPE", "keep_alive", "key_id", "KIB", "known_job", "known_payload",
@@ -545,6 +545,7 @@ class Node:
         self.old_server_at = float("-inf")  # monotonic: when a server that cannot prove its identity was last logged
         self.started, self.program = self.clock.monotonic(), Program()
         self.full_said_at = float("-inf")  # monotonic: when the log last said that uploads are refused
+        self.disk_failed = False  # since /health last wrote
         self.stopping = threading.Event()
         self.unremovable: dict[int, Unremovable] = {}  # by id: ended jobs whose files cannot be removed
         self.load, self.last_cpu, self.cpu_read_at = 0.0, (0, 0), float("-inf")  # percent; /proc/stat's total and idle; monotonic

@@ -747,23 +747,26 @@ def check_size(node: Node, found: Route, length: int, chunked: bool) -> Promise:
 
 def too_full(node: Node, length: int) -> HttpError:
     """Return the error for a body of `length` bytes that does not fit on the disk, and log that."""
-    say_full(node)
+    say_full(node, full_texts(node))
     what = f"the disk of this {node.config.mode} is too full for {length} bytes more"
     return HttpError(507, f"{what}: try again later, or ask its operator to free space (JOBORCH_MIN_FREE)", Retry_After="60")
 
 
-def say_full(node: Node) -> None:
-    """Log that uploads are refused because the disk is full, at most once a minute."""
+def say_full(node: Node, texts: tuple[str, str]) -> None:
+    """Log that uploads are refused because the disk is full, and what to do, at most once a minute."""
     now = node.clock.monotonic()
     if now - node.full_said_at >= FULL_SAID_EVERY_S:
         node.full_said_at = now
-        log.warning("%s: free space, or lower it", full_text(node))
+        log.warning("%s: %s", *texts)
 
 
-def full_text(node: Node) -> str:
-    """Say that uploads are refused, how much is free, and which setting keeps it free."""
-    free, kept = free_bytes(node.data.path) // MIB, node.config.min_free_bytes // MIB
-    return f"uploads are refused: {node.data.path} has {free} MiB free, JOBORCH_MIN_FREE keeps {kept}"
+def full_texts(node: Node, write_failed: bool = False) -> tuple[str, str]:
+    """Say that uploads are refused and what to do: too little is free, or a write failed although there is room."""
+    free, kept, refused = free_bytes(node.data.path), node.config.min_free_bytes, f"uploads are refused: {node.data.path}"
+    if write_failed and free > kept:
+        what = f"{refused} takes no file, although {free // MIB} MiB are free: inodes or a quota are used up"
+        return what, "delete files, or raise the quota"
+    return f"{refused} has {free // MIB} MiB free, JOBORCH_MIN_FREE keeps {kept // MIB}", "free space, or lower JOBORCH_MIN_FREE"
 
 
 def make_app(node: Node) -> bottle.Bottle:
@@ -851,9 +854,10 @@ DISK_TROUBLES = (errno.EIO, errno.EROFS, errno.ESTALE, errno.ENOENT, errno.ENOTD
 
 
 def disk_refusal(node: Node, error: OSError) -> HttpError:
-    """Return the answer for an error of the disk: 507 if it is full, 503 for other disk errors, else 500."""
+    """Return the answer for an error of the disk: 507 if it is full, 503 for other disk errors, else 500. /health tries it then."""
+    node.disk_failed = True
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        say_full(node)
+        say_full(node, full_texts(node, not isinstance(error, DiskFull)))
         return HttpError(507, f"disk is full at this {node.config.mode}: try again later", Retry_After="60")
     if error.errno in DISK_TROUBLES:
         return HttpError(503, f"the disk of this {node.config.mode} cannot be used now: try again later", Retry_After="60")

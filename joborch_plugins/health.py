@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,6 +13,7 @@ from joborch import (
     CLOCK_TOLERANCE_S,
     COUNT_IN,
     JSON_TYPE,
+    KIB,
     LOOK_AGAIN_S,
     PAYLOADS_IN,
     PROBLEMS_TOLD,
@@ -29,7 +32,7 @@ from joborch import (
     StorageError,
     __version__,
     format_duration,
-    full_text,
+    full_texts,
     log,
     no_client_text,
     problem_of,
@@ -44,7 +47,7 @@ from joborch import (
 
 SLOW_S = 1.0  # a write to the database that takes longer is a problem
 LOGIN_AHEAD_S = 24 * 3600.0  # a login that ends sooner is a problem
-BLOCKING = ("service_stopped", "backend", "disk_full")  # `?deep=1` answers 503 if this process has one of them
+BLOCKING = ("service_stopped", "backend", "disk_full", "disk")  # `?deep=1` answers 503 if this process has one of them
 
 
 class Problem(NamedTuple):
@@ -71,13 +74,14 @@ class Problem(NamedTuple):
 # == Looking ==  What each look needs is in memory, or one call to the system; the database is tried by a thread of its own.
 
 
-class DatabaseProbe:
-    """Writes to the database in another thread, so that nobody waits long for one that hangs."""
+class WriteProbe:
+    """Writes to the database and the data folder in another thread, so that nobody waits long for a disk that hangs."""
 
     def __init__(self, node: Node) -> None:
         self.node, self.lock, self.done = node, threading.Lock(), threading.Event()
         self.began: float | None = None  # monotonic; None: no write is under way
         self.took_s, self.error = 0.0, ""
+        self.refused: OSError | None = None  # why the data folder takes no file
 
     def ask(self, patience_s: float) -> None:
         """Write something, unless such a write is under way; wait for its end, but at most `patience_s`."""
@@ -91,15 +95,26 @@ class DatabaseProbe:
         done.wait(patience_s)
 
     def write(self) -> None:
-        """Write, and note how long it took and why it failed."""
-        error = ""
+        """Write, and note how long it took and why it failed. Space is one reason; others are inodes, a quota, a disk that is read-only."""
+        error, refused = "", self.try_folder()
         try:
             self.node.store.check()
         except StorageError as failure:
             error = str(failure)
         with self.lock:
             self.took_s, self.error, self.began = time.monotonic() - (self.began or 0.0), error, None
+            self.refused = refused
         self.done.set()
+
+    def try_folder(self) -> OSError | None:
+        """Write a small file into the data folder and delete it; return the error if that fails."""
+        self.node.disk_failed = False
+        try:
+            with tempfile.TemporaryFile(dir=self.node.data.tmp, buffering=0) as file:
+                file.write(bytes(4 * KIB))
+        except OSError as error:
+            return error
+        return None
 
     def problems(self) -> Iterator[Problem]:
         """Yield that the last write failed, or took long, or that the present one does."""
@@ -113,6 +128,11 @@ class DatabaseProbe:
             yield Problem("database", f"the database has not completed a write for {format_duration(waited_s)}", look)
         elif took_s > SLOW_S:
             yield Problem("database", f"the database is slow: a write took {format_duration(took_s)}", look)
+        if self.refused and self.refused.errno in (errno.ENOSPC, errno.EDQUOT):
+            yield Problem("disk_full", *full_texts(self.node, write_failed=True))
+        elif self.refused:
+            what = f"uploads are refused: nothing can be written to {self.node.data.path}: {self.refused.strerror}"
+            yield Problem("disk", what, "look at its file system, and at the kernel's log")
 
 
 def problems_of_process(node: Node) -> Iterator[Problem]:
@@ -120,7 +140,7 @@ def problems_of_process(node: Node) -> Iterator[Problem]:
     try:
         node.data.account.check(1)
     except DiskFull:
-        yield Problem("disk_full", full_text(node), "free space, or lower JOBORCH_MIN_FREE")
+        yield Problem("disk_full", *full_texts(node))
     except OSError as error:
         yield Problem("disk", f"{node.data.path} cannot be read: {error.strerror}", "look at its file system")
     what, _, remedy = node.program.restart_needed().partition(": ")
@@ -211,7 +231,7 @@ class Health:
     """Remembers since when each problem stands. It looks every 2 s, and whenever somebody asks."""
 
     def __init__(self, node: Node) -> None:
-        self.node, self.database, self.lock = node, DatabaseProbe(node), threading.Lock()
+        self.node, self.probe, self.lock = node, WriteProbe(node), threading.Lock()
         self.standing: dict[tuple[str, str, str], Problem] = {}
         self.seen = 1  # counts what a server must hear of: a problem that comes or goes, and a clock that was set
         self.off_s = node.clock.wall() - node.clock.monotonic()
@@ -224,15 +244,15 @@ class Health:
         """Moves of jobs are no problem."""
 
     def tick(self) -> bool:
-        """Look; try the database only while it is in trouble, so that an idle process writes nothing."""
-        if any(self.database.problems()):
-            self.database.ask(0.0)
+        """Look; write only if a write has failed, so that an idle process writes nothing."""
+        if self.node.disk_failed or any(self.probe.problems()):
+            self.probe.ask(0.0)
         self.look()
         return False
 
     def look(self) -> list[Problem]:
         """Return all problems with the times since when they stand, and log those that are new or over."""
-        found = {problem.key: problem for problem in (*self.database.problems(), *problems_of(self.node))}
+        found = {problem.key: problem for problem in (*self.probe.problems(), *problems_of(self.node))}
         now, off_s = self.node.clock.wall(), self.node.clock.wall() - self.node.clock.monotonic()
         with self.lock:
             before, was_set = self.standing, abs(off_s - self.off_s) > 1
@@ -251,7 +271,7 @@ class Health:
         """Log what nobody else logs: clients, executors and the file of the program have lines of their own."""
         for problem in new:
             if problem.kind == "disk_full" and not problem.client:
-                say_full(self.node)
+                say_full(self.node, (problem.what, problem.remedy))
             elif problem.kind == "clock" or (problem.kind in ("database", "login", "disk") and not problem.client):
                 log.warning("%s: %s", problem.what, problem.remedy)
         for problem in over:
@@ -259,7 +279,7 @@ class Health:
 
     def report(self) -> list[Problem]:
         """Try the database, and return all problems."""
-        self.database.ask(SLOW_S + 0.1)
+        self.probe.ask(SLOW_S + 0.1)
         return self.look()
 
     # -- of a client, for its server --
@@ -331,7 +351,7 @@ def details(node: Node, problems: Sequence[Problem]) -> dict[str, Any]:
 def health(node: Node, request: Request, deep: str) -> Answer:
     """Tell whether all is well and, to authenticated callers, what is out of order, since when, and what to do."""
     found: Health = node.plugins["health"]
-    problems, error = found.report(), found.database.error
+    problems, error = found.report(), found.probe.error
     said: dict[str, Any] = {"status": "degraded" if problems else "ok", "database": "ok"}
     known = sees_site(request.caller)
     if error:

@@ -7,11 +7,13 @@ import json
 import os
 import signal
 import sqlite3
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from datetime import datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +163,57 @@ def test_a_disk_that_is_full(role: str, disk: Disk, make_pair: MakePair) -> None
     disk.free()
     gone(process, "disk_full")
     all_well(pair.server)
+
+
+@pytest.mark.parametrize("role", ["server", "client"])
+def test_a_disk_that_takes_no_file_although_it_has_room(role: str, root: None, tmp_path: Path, make_pair: MakePair) -> None:
+    """Its inodes are used up, as a quota may be: it is full all the same, and the log says why in one line."""
+    disk = Disk(tmp_path / "disk", "size=64m,nr_inodes=600")
+    try:
+        pair = make_pair(**{role: {"DATA_PATH": str(disk.path / "data"), "DB_PATH": str(tmp_path / "elsewhere.db")}}).start()
+        process: Process = getattr(pair, role)
+        all_well(pair.server)
+        names = count()
+
+        def full(of: Process, client: str | None = None) -> list[dict[str, Any]]:
+            with suppress(OSError):  # again and again: somebody may have deleted a file meanwhile
+                while True:
+                    (disk.path / f"filler-{next(names)}").touch()
+            return problems(of, "disk_full", client=client)
+
+        (problem, *_) = wait_for(lambda: full(process), PATIENCE_S, "a disk without inodes")
+        assert "inodes or a quota" in problem["what"] and "delete files" in problem["remedy"] and problem["since"]
+        wait_for(lambda: full(process) and process.get("/health?deep=1").status_code == 503, PATIENCE_S, "503")
+        assert f"{disk.path / 'data'} takes no file, although" in process.log
+        if role == "server":
+            wait_for(lambda: full(process) and upload(process, {"run.sh": b"true"}).status_code == 507, PATIENCE_S, "507")
+        else:
+            wait_for(lambda: full(pair.server, name_of(pair.client)), PATIENCE_S, "the problem at the server")
+        disk.free()
+        gone(process, "disk_full")
+        all_well(pair.server)
+    finally:
+        pair.close()
+        disk.close()
+
+
+def test_a_disk_that_became_read_only(root: None, tmp_path: Path, make_pair: MakePair) -> None:
+    """As after an error of the hardware, while the database is elsewhere: a problem of its own, which stops uploads."""
+    disk = Disk(tmp_path / "disk", "size=64m")
+    try:
+        pair = make_pair(server={"DATA_PATH": str(disk.path / "data"), "DB_PATH": str(tmp_path / "elsewhere.db")}).start()
+        all_well(pair.server)
+        command = ["mount", "-t", "tmpfs", "-o", "ro", "none", str(disk.path / "data" / "tmp")]
+        subprocess.run(command, check=True)
+        problem = shown(pair.server, "disk", client=None)
+        assert "Read-only file system" in problem["what"] and problem["what"].startswith("uploads are refused: ")
+        assert pair.server.get("/health?deep=1").status_code == 503
+        subprocess.run(["umount", str(disk.path / "data" / "tmp")], check=True)
+        gone(pair.server, "disk")
+        all_well(pair.server)
+    finally:
+        pair.close()
+        disk.close()
 
 
 def test_a_database_that_is_slow(own_pair: Pair) -> None:
