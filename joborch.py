@@ -1352,7 +1352,7 @@ def service_json(server: Server, service: Service, caller: Caller | None) -> dic
     mean_s, name = mean_run_s(server, service), service.name
     return {
         "name": name, "policy": service.policy, "runs_per_user": service.runs_per_user, "max_runs": service.max_runs,
-        "running": server.store.line(name).busy, "queued": server.store.number(statements.QUEUED_IN_SERVICE, service=name),
+        "running": server.store.line(name).busy, "queued": server.store.line(name).queued,
         "users_queued": server.store.users_queued(name), "mean_run_s": mean_s and round(mean_s, 3),
         "paused": server.paused[name].text() if name in server.paused else None,
         "clients": clients_json(server, server.links_of(service) if sees_site(caller) else []),
@@ -3639,7 +3639,7 @@ def position_of(server: Server, job: Job, service: Service, facts: QueueFacts) -
         before = facts.users_before
         if facts.queued_before:
             before += facts.queued_before * server.store.users_queued(service.name)
-            before = min(before, server.store.number(statements.QUEUED_IN_SERVICE, service=service.name) - 1)
+            before = min(before, server.store.line(service.name).queued - 1)
     else:
         point_s = server.config.ageing_s if service.policy == "priority" else 0.0
         before = 0

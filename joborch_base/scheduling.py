@@ -124,10 +124,11 @@ class Share(NamedTuple):
 
 
 class Line(NamedTuple):
-    """The load of a service: how many of its jobs are at clients, and how long they take."""
+    """The load of a service: how many of its jobs are at clients, how long they take, and how many could run."""
 
     busy: int = 0
     pace: Pace = Pace()
+    queued: int = 0  # as `jobs_line` counts them
 
 
 class Load(NamedTuple):

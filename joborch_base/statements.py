@@ -278,7 +278,7 @@ JOB_CONFIRMED = """
 UPDATE jobs SET fetched_at = :now, synced = 2
  WHERE id = :id AND synced < 2 AND status IN ('Completed', 'Failed', 'Invalid', 'Killed', 'Cleaned')
 """
-JOB_ADMIT = "UPDATE jobs SET not_before = NULL WHERE id = :id AND status = 'Queued'"
+JOB_ADMIT = "UPDATE jobs SET not_before = NULL WHERE id = :id AND status = 'Queued' AND not_before IS NOT NULL"
 JOB_CLIENT = """
 UPDATE jobs SET client = :to
  WHERE id = :id AND client = :source AND attempt = :attempt AND status IN ('Submitted', 'Running', 'Unknown')
@@ -381,9 +381,9 @@ SELECT (SELECT count(*) FROM (SELECT 1 FROM jobs INDEXED BY jobs_queued
            AND priority = :priority AND id < :id LIMIT :most))
 """
 QUEUED_IN_SERVICE = """
-SELECT count(*) FROM (SELECT 1 FROM jobs INDEXED BY jobs_line
- WHERE service = :service AND status = 'Queued' AND not_before IS NULL AND blocked = 0 LIMIT 10000)
+SELECT count(*) FROM jobs INDEXED BY jobs_line WHERE service = :service AND status = 'Queued' AND not_before IS NULL AND blocked = 0
 """
+IS_IN_QUEUE = "SELECT 1 FROM jobs WHERE id = :id AND status = 'Queued' AND not_before IS NULL AND blocked = 0"
 QUEUED_PRIORITIES = """
 WITH RECURSIVE level(priority) AS (
     SELECT * FROM (SELECT priority FROM jobs INDEXED BY jobs_line

@@ -232,12 +232,12 @@ class Store(Database):
             db.execute(statements.RESULT_NEEDED_ADD, {"on_id": on_id, "job_id": job_id})
         job = self.row(db, job_id)
         self.add_move(db, Move(job, None, status, steady, {}), now, reason)
+        self.update_rank(db, job, queued=int(not open_ids))
         if broken:
             self.move_row(db, job, Status.INVALID, broken, cause=Cause.USER.value)
             return self.row(db, job_id)
         if self.mode == "server":  # servers need no news of a payload that is only Prepared
             self.core.moved.add(job_id)
-        self.update_rank(db, job)
         return job
 
     def check_inputs(self, db: sqlite3.Connection, new: NewJob, kept_s: float) -> None:
@@ -331,6 +331,7 @@ class Store(Database):
         values.update(changed=self.next_change(), moved_at=self.steady())
         # Whether a kill was requested decides how a payload ended, so a row that was read before the request is not good enough.
         values.update(any_wish=self.mode == "server", kill_requested_at=job.kill_requested_at)
+        was_queued = job.status is Status.QUEUED and self.is_in_queue(db, job.id)  # `job` may have been read before it was
         if db.execute(statements.JOB_MOVE, values).rowcount != 1:
             return False
         self.core.moved.add(job.id)
@@ -341,8 +342,14 @@ class Store(Database):
         if self.mode == "server" and (job.status in BUSY or to in BUSY):
             self.account(db, job, to, run_s, values)
         if not (job.status in BUSY and to in BUSY):
-            self.update_rank(db, job, is_queue=Status.QUEUED in (job.status, to))
+            is_queued = to is Status.QUEUED and self.is_in_queue(db, job.id)
+            self.update_rank(db, job, is_queued - was_queued, is_queue=Status.QUEUED in (job.status, to))
         return True
+
+    @staticmethod
+    def is_in_queue(db: sqlite3.Connection, job_id: int) -> bool:
+        """Tell whether a job could run, inside a transaction."""
+        return db.execute(statements.IS_IN_QUEUE, {"id": job_id}).fetchone() is not None
 
     def tell_dependents(self, db: sqlite3.Connection, job_id: int, to: Status) -> None:
         """Release the jobs that follow a Completed one. If it ended otherwise, make them Invalid, and those that follow them."""
@@ -356,7 +363,7 @@ class Store(Database):
                     self.move_row(db, job, Status.INVALID, reason, cause=Cause.USER.value)
                     ended.append((job.id, Status.INVALID))
                 elif db.execute(statements.JOB_UNBLOCK, {"id": job.id}).rowcount and job.blocked == 1:
-                    self.update_rank(db, job)
+                    self.update_rank(db, job, queued=1)
             db.execute(statements.DEPENDENTS_FORGET, {"on_id": on_id})
 
     def add_move(self, db: sqlite3.Connection, move: Move, now: float, reason: str) -> None:
@@ -556,10 +563,16 @@ class Store(Database):
 
         self.write(charge, durable=False)
 
-    def update_rank(self, db: sqlite3.Connection, job: Job, is_queue: bool = True) -> None:
-        """Update the turn of a job's user. If `is_queue` is False, the user's queued jobs are the same as before."""
+    def update_rank(self, db: sqlite3.Connection, job: Job, queued: int = 0, is_queue: bool = True) -> None:
+        """Update the turn of a job's user, and count `queued` jobs more in the queue of its service.
+
+        If `is_queue` is False, the user's queued jobs are the same as before.
+        """
         if self.mode == "server" and job.service in self.limits:
             self.core.undecided = True
+            if queued:
+                line = self.line(job.pair[0])
+                self.core.shares.lines.changes[job.pair[0]] = line._replace(queued=line.queued + queued)
             self.update_turn(db, job.pair, is_queue)
 
     def update_turn(self, db: sqlite3.Connection, pair: tuple[str, int], is_queue: bool) -> None:
@@ -582,8 +595,11 @@ class Store(Database):
             self.write(self.make_turns)
 
     def make_queues(self, db: sqlite3.Connection) -> None:
-        """Compute the turns of all users with a job that could run."""
+        """Count the jobs that could run, and compute the turns of their users."""
         for service in self.limits:
+            (queued,) = db.execute(statements.QUEUED_IN_SERVICE, {"service": service}).fetchone()
+            if queued != self.line(service).queued:
+                self.core.shares.lines.changes[service] = self.line(service)._replace(queued=queued)
             for (user_id,) in db.execute(statements.QUEUED_USERS, {"service": service}).fetchall():
                 self.update_turn(db, (service, user_id), is_queue=True)
 
@@ -592,7 +608,7 @@ class Store(Database):
         convert_uses(self, db)
         shares = self.core.shares = Shares()
         shares.weights.changes.update(weights_now(self, db))
-        shares.lines.changes.update({row[0]: Line(0, Pace(*row[1:])) for row in db.execute(statements.PACE_ALL)})
+        shares.lines.changes.update({row[0]: Line(pace=Pace(*row[1:])) for row in db.execute(statements.PACE_ALL)})
         for job in map(as_job, db.execute(statements.ALL_BUSY)):
             self.set_run(job)
         self.make_queues(db)
@@ -640,8 +656,8 @@ class Store(Database):
 
         def admit(db: sqlite3.Connection) -> None:
             for row in due:
-                db.execute(statements.JOB_ADMIT, {"id": row["id"]})
-                self.update_rank(db, self.row(db, row["id"]))
+                if db.execute(statements.JOB_ADMIT, {"id": row["id"]}).rowcount:
+                    self.update_rank(db, self.row(db, row["id"]), queued=1)
 
         if due:
             self.write(admit, durable=False)
@@ -662,6 +678,8 @@ def change_limits(store: Store, db: sqlite3.Connection, services: Mapping[str, S
         used = {(row["service"], row["user_id"]): Usage(row["used"], row["runs"], row["mean_s"]) for row in rows}
         users = {pair: share._replace(usage=used.get(pair, share.usage)) for pair, share in users.items()}
     shares.users.changes.update({pair: share._replace(waiting=(), turn=None) for pair, share in users.items()})
+    lines = {**shares.lines.known, **shares.lines.changes}
+    shares.lines.changes.update({name: line._replace(queued=0) for name, line in lines.items()})
     shares.weights.changes.update({**dict.fromkeys(shares.weights.known, 1.0), **weights_now(store, db)})
     store.make_queues(db)
     store.core.undecided = True

@@ -40,6 +40,7 @@ SELECT client, count(*), sum(cpus), coalesce(sum(memory), 0), sum(kill_requested
        sum(status = 'Unknown' AND dest_id IS NULL), sum(gpus)
   FROM jobs WHERE {BUSY} GROUP BY client ORDER BY client
 """
+QUEUED = "SELECT service, count(*) AS queued FROM jobs WHERE status = 'Queued' AND not_before IS NULL AND blocked = 0 GROUP BY service"
 LINES = f"SELECT service, count(*) FROM jobs WHERE {BUSY} GROUP BY service ORDER BY service"
 
 
@@ -131,3 +132,6 @@ class SqlStore(Store):
         assert [(name, line.busy) for name, line in sorted(shares.lines.known.items()) if line.busy] == [
             tuple(row) for row in self.read(LINES)
         ]
+        assert {name: line.queued for name, line in shares.lines.known.items() if line.queued and name in self.limits} == {
+            row["service"]: row["queued"] for row in self.read(QUEUED) if row["service"] in self.limits
+        }
