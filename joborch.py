@@ -174,7 +174,6 @@ from joborch_base.files import (
     give_rights,
     has_work,
     helper_environment,
-    hints_for,
     inputs_digest,
     last_line,
     libc,
@@ -185,6 +184,8 @@ from joborch_base.files import (
     open_regular,
     opened_folder,
     remove_tree,
+    script_head,
+    script_hints,
     shown,
     sync_file_system,
     touch_below,
@@ -881,7 +882,8 @@ def upload_answer(server: Server, job: Job, form: Form, folder: Path, is_new: bo
     known = [parameter.name for parameter in FORM]
     unknown = [name for name in form.fields if name not in known]
     warnings = [f"field {one_line(name, 80)!r} is not known and was ignored{nearest(name, known)}" for name in unknown]
-    warnings += [*hints_for(folder / "run.sh"), *batch_line_warnings(folder / "run.sh")]
+    head = script_head(folder / "run.sh")
+    warnings += [*script_hints(head), *batch_line_warnings(head)]
     # It may have been claimed in the same transaction: then it waits for nothing.
     claimed = server.store.read(statements.JOB_STATUS, id=job.id)[0]["status"] != job.status.value
     said = {**job_json(server, job, NEXT if claimed else None), "warnings": warnings}

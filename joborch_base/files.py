@@ -660,25 +660,21 @@ def script_hints(head: bytes) -> list[str]:
     return hints
 
 
-def hints_for(folder: Path, *inner: str) -> list[str]:
-    """Return the hints for a run.sh on disk; the arguments are those of `open_regular`."""
+def script_head(folder: Path, *inner: str) -> bytes:
+    """Return the first bytes of a run.sh on disk, none if it is missing; the arguments are those of `open_regular`."""
     try:
         with open_regular(folder, *inner) as file:
-            return script_hints(file.read(64 * KIB))
+            return file.read(64 * KIB)
     except OSError:
-        return []  # a missing run.sh is reported elsewhere
+        return b""  # a missing run.sh is reported elsewhere
 
 
 BATCH_LINE = re.compile(rb"^#(SBATCH|PBS|BSUB|\$)[ \t]+-", re.MULTILINE)  # of Slurm, PBS, LSF and Grid Engine
 
 
-def batch_line_warnings(script: Path) -> list[str]:
-    """Return a warning about lines of a run.sh that are meant for a batch system, which joborch ignores."""
-    try:
-        with open_regular(script) as file:
-            words = BATCH_LINE.findall(file.read(64 * KIB))
-    except OSError:
-        return []  # there is none
+def batch_line_warnings(head: bytes) -> list[str]:
+    """Return a warning about lines in the first bytes of a run.sh that are meant for a batch system, which joborch ignores."""
+    words = BATCH_LINE.findall(head)
     if not words:
         return []
     which = " and ".join(f"#{word.decode()}" for word in dict.fromkeys(words))

@@ -19,7 +19,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from joborch_base.files import hints_for, last_line, open_regular
+from joborch_base.files import last_line, open_regular, script_head, script_hints
 from joborch_base.vocabulary import KIB, format_duration, one_line, plural
 
 # == 1. States ==  The tables of legal moves, and the row that moves. No status changes in a way that is not listed here.
@@ -378,7 +378,7 @@ def failure_reason(folder: Path, exit_status: int, run_s: float) -> str:
     """Say how a script failed: exit status or signal, run time, the last line of its standard error, and a known remedy."""
     signalled = f" (as by signal {signal_name(exit_status - 128)})" if is_signalled(exit_status) else ""
     text = f"run.sh ended with exit status {exit_status}{signalled} after {format_duration(run_s)}{last_words(folder)}"
-    return "; ".join([text + shell_hint(folder), *hints_for(folder, "work", "run.sh")])
+    return "; ".join([text + shell_hint(folder), *script_hints(script_head(folder, "work", "run.sh"))])
 
 
 LIMIT_NOTE = "over"  # a file in a payload's folder: what it used too much of, written before it is stopped
