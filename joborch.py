@@ -3408,6 +3408,14 @@ def watch_tick(server: Server) -> bool:
     return False
 
 
+def needs_watch(server: Server) -> bool:
+    """Tell whether `watch_tick` may have something to do: delayed attempts, jobs at clients, clients that fail or are missing."""
+    if server.store.has_delayed or server.deserted or next(server.store.runs(), None) is not None:
+        return True
+    is_any = any(link.jobs or link.outage.failures for link in server.links.values())
+    return is_any or not all(map(server.links_of, server.services.values()))
+
+
 def forget_ended(server: Server) -> None:
     """Drop the records of jobs that are no longer at a client."""
     known = [(link, job_id) for link in server.links.values() for job_id in list(link.jobs)]  # first: a job may get there meanwhile
@@ -3489,6 +3497,7 @@ def make_server_loops(server: Server) -> dict[str, Loop]:
     own = (("dispatch", dispatch_tick, config.send_interval_s), ("watch", watch_tick, 1.0), ("clean", clean_tick, config.clean_interval_s))
     loops.update({name: Loop(name, functools.partial(tick, server), lambda: server.pool, period_s) for name, tick, period_s in own})
     loops["dispatch"].wanted = lambda: bool(services_queued(server))
+    loops["watch"].wanted = functools.partial(needs_watch, server)
     return loops
 
 

@@ -431,9 +431,9 @@ SELECT * FROM jobs INDEXED BY jobs_queued
  WHERE service = :service AND status = 'Queued' AND not_before IS NULL AND blocked = 0 AND moved_at < :before
  ORDER BY user_id, priority DESC, id LIMIT 1000
 """
-DELAYED_DUE = """
-SELECT id FROM jobs INDEXED BY jobs_delayed
- WHERE status = 'Queued' AND not_before IS NOT NULL AND not_before <= :now LIMIT 1000
+DELAYED_FIRST = """
+SELECT id, not_before FROM jobs INDEXED BY jobs_delayed
+ WHERE status = 'Queued' AND not_before IS NOT NULL ORDER BY not_before LIMIT 1000
 """
 USAGE_GET = "SELECT used, runs, mean_s FROM usage WHERE service = :service AND user_id = :user_id"
 USAGE_SET = "INSERT OR REPLACE INTO usage (service, user_id, used, runs, mean_s) VALUES (:service, :user_id, :use, :runs, :mean_s)"

@@ -94,6 +94,7 @@ class Store(Database):
         self.noun = "job" if mode == "server" else "payload"
         self.limits: Mapping[str, Service] = {}
         self.sharing = Sharing()
+        self.has_delayed = True  # whether an attempt may wait for the end of its back-off
         self.movers: list[Callable[[sqlite3.Connection, Move], object]] = []  # called in the transaction of each move
         self.last_seq = max(self.db.execute(statements.LAST_SEQ).fetchone()[0], *self.db.execute(statements.FEED_GET).fetchone())
 
@@ -341,6 +342,8 @@ class Store(Database):
         self.add_move(db, Move(job, job.status, to, values["moved_at"], values, run_s), now, reason)
         if self.mode == "server" and (job.status in BUSY or to in BUSY):
             self.account(db, job, to, run_s, values)
+        if values["not_before"] is not None:
+            self.core.after(self.note_delayed)
         if not (job.status in BUSY and to in BUSY):
             is_queued = to is Status.QUEUED and self.is_in_queue(db, job.id)
             self.update_rank(db, job, is_queued - was_queued, is_queue=Status.QUEUED in (job.status, to))
@@ -650,9 +653,16 @@ class Store(Database):
 
         return self.write(take)
 
+    def note_delayed(self) -> None:
+        self.has_delayed = True
+
     def admit_due(self) -> int:
         """Make new attempts claimable if their back-off is over; return how many."""
-        due = self.read(statements.DELAYED_DUE, now=self.steady())
+        self.has_delayed = False  # first: a COMMIT after this look sets it again
+        delayed, now = self.read(statements.DELAYED_FIRST), self.steady()
+        if delayed:
+            self.has_delayed = True
+        due = [row for row in delayed if row["not_before"] <= now]
 
         def admit(db: sqlite3.Connection) -> None:
             for row in due:

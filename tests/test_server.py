@@ -716,6 +716,27 @@ def test_a_request_to_kill_is_looked_after_until_it_is_carried_out(desk: Desk, p
     assert joborch.may_kill(desk.server, desk.link)
 
 
+def test_nothing_is_watched_while_nothing_can_happen(desk: Desk) -> None:
+    """The timer then wakes no thread. What `watch_tick` looks after is never overlooked."""
+    watch_tick(desk.server)
+    assert not joborch.needs_watch(desk.server)
+    desk.link.failed(OSError("refused"))
+    assert joborch.needs_watch(desk.server), "its client fails"
+    desk.link.heard()
+    assert not joborch.needs_watch(desk.server)
+    job = desk.with_client(Status.RUNNING)
+    assert joborch.needs_watch(desk.server), "a job is at a client"
+    joborch.new_attempt(desk.server, job, "it was lost")
+    watch_tick(desk.server)
+    assert joborch.needs_watch(desk.server), "its next attempt is delayed"
+    desk.clock.pass_s(600)
+    watch_tick(desk.server)
+    watch_tick(desk.server)
+    assert not desk.store.has_delayed
+    desk.server.links.clear()
+    assert joborch.needs_watch(desk.server), "a service has no client"
+
+
 def test_a_job_does_not_stay_unknown_when_its_client_is_back(desk: Desk, peer: Peer) -> None:
     """Also where nothing has changed for the payload meanwhile."""
     job = desk.with_client(Status.RUNNING)

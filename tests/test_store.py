@@ -504,6 +504,10 @@ class Quotas(StoreMachine):
         self.store.compare()
 
     @invariant()
+    def it_is_known_that_attempts_are_delayed(self) -> None:
+        assert self.store.has_delayed or not self.store.read(statements.DELAYED_FIRST)
+
+    @invariant()
     def who_follows_waits_for_all_of_them(self) -> None:
         """It is blocked by as many jobs as have not ended; where one ended badly it has ended too."""
         jobs = {job.id: job for job in self.store.jobs(EVERYTHING)}
