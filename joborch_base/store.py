@@ -567,10 +567,7 @@ class Store(Database):
         self.write(charge, durable=False)
 
     def update_rank(self, db: sqlite3.Connection, job: Job, queued: int = 0, is_queue: bool = True) -> None:
-        """Update the turn of a job's user, and count `queued` jobs more in the queue of its service.
-
-        If `is_queue` is False, the user's queued jobs are the same as before.
-        """
+        """Update the turn of a job's user. Its service has `queued` jobs more. Without `is_queue`, those of the user are as before."""
         if self.mode == "server" and job.service in self.limits:
             self.core.undecided = True
             if queued:
@@ -597,15 +594,6 @@ class Store(Database):
         if self.mode == "server":
             self.write(self.make_turns)
 
-    def make_queues(self, db: sqlite3.Connection) -> None:
-        """Count the jobs that could run, and compute the turns of their users."""
-        for service in self.limits:
-            (queued,) = db.execute(statements.QUEUED_IN_SERVICE, {"service": service}).fetchone()
-            if queued != self.line(service).queued:
-                self.core.shares.lines.changes[service] = self.line(service)._replace(queued=queued)
-            for (user_id,) in db.execute(statements.QUEUED_USERS, {"service": service}).fetchall():
-                self.update_turn(db, (service, user_id), is_queue=True)
-
     def make_turns(self, db: sqlite3.Connection) -> None:
         """Fill the memory from the rows."""
         convert_uses(self, db)
@@ -614,7 +602,7 @@ class Store(Database):
         shares.lines.changes.update({row[0]: Line(pace=Pace(*row[1:])) for row in db.execute(statements.PACE_ALL)})
         for job in map(as_job, db.execute(statements.ALL_BUSY)):
             self.set_run(job)
-        self.make_queues(db)
+        make_queues(self, db)
 
     def set_weight(self, user_id: int, weight: float) -> None:
 
@@ -691,8 +679,18 @@ def change_limits(store: Store, db: sqlite3.Connection, services: Mapping[str, S
     lines = {**shares.lines.known, **shares.lines.changes}
     shares.lines.changes.update({name: line._replace(queued=0) for name, line in lines.items()})
     shares.weights.changes.update({**dict.fromkeys(shares.weights.known, 1.0), **weights_now(store, db)})
-    store.make_queues(db)
+    make_queues(store, db)
     store.core.undecided = True
+
+
+def make_queues(store: Store, db: sqlite3.Connection) -> None:
+    """Count the jobs that could run, and compute the turns of their users."""
+    for service in store.limits:
+        (queued,) = db.execute(statements.QUEUED_IN_SERVICE, {"service": service}).fetchone()
+        if queued != store.line(service).queued:
+            store.core.shares.lines.changes[service] = store.line(service)._replace(queued=queued)
+        for (user_id,) in db.execute(statements.QUEUED_USERS, {"service": service}).fetchall():
+            store.update_turn(db, (service, user_id), is_queue=True)
 
 
 def keep_limits(store: Store, services: Mapping[str, Service], sharing: Sharing) -> None:
