@@ -34,7 +34,7 @@ class Version(NamedTuple):
 FIRST = Version("0.1.0", "b219a6462093843ddaf17bf09a478bfd2b3265e2", "6f9759ea03441c29a6dcbc87ae1f0d6f39f0710e5755f0164e4d39737a7b8b6a")
 
 # The version from which on neighbours work together; the last release.
-STABLE = Version("1.0.0", "afc0a8d1f724a30efb8081934123d47d215c1a73", "5f281d05f0d3c1e11ad915617fe6ded9e7fe8c444d9618f0d3d87f944d4f0c66")
+STABLE = Version("1.0.0", "22f7dbfb379b26bd297c778c10e7c7f1795af711", "f7538df92dc84a086532f48139f7ade2ce6c2d516d4ab43de9c070ae703e8ac0")
 
 
 def source_of(version: Version, folder: Path) -> Path:
