@@ -325,7 +325,7 @@ def test_a_cloud_that_hangs_in_the_middle_of_growing(openstack: OpenStack, data:
     ("setting", "said"),
     [
         ("IMAGE=nope", "the cloud has no image 'nope': it has fakeimage123456"),
-        ("IMAGE=fakeimage123456", "images called 'fakeimage123456': give the id of one: 155d900f-"),
+        ("IMAGE=fakeimage123456", "images called 'fakeimage123456': give the id of one: "),
         ("SIZE=nope", "the cloud has no size 'nope': it has m1.large"),
         ("NETWORK=nope", "the cloud has no network 'nope': it has private"),
         ("KEY=nope", "the cloud refuses: 400 Bad Request Invalid key_name provided"),

@@ -615,7 +615,7 @@ def test_each_service_by_its_own_token(between: tuple[Pair, Between], tmp_path: 
         own.server.settings.update({f"SERVICE_{name.upper()}_CLIENTS": middle.url, f"SERVICE_{name.upper()}_TOKEN": token})
     server = own.server.start()
     stuck = submit(server, "true", service="wrong")
-    wait_for(lambda: waiting(server, stuck, "SERVICE_<NAME>_TOKEN"), what="a reason to wait")
+    wait_for(lambda: waiting(server, stuck, "SERVICE_WRONG_TOKEN"), what="a reason to wait")
     for service in ("example", "two", "example"):
         assert wait_status(server, submit(server, "true", service=service), *ENDED, limit_s=60)["status"] == "Completed"
     keys = {b"example": "the-first-token-here", b"two": "the-second-token-here"}
