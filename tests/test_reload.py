@@ -544,19 +544,18 @@ def test_many_reloads_while_jobs_of_every_state_are_under_way(site: tuple[Proces
         assert claim.reason.removeprefix("claimed for ") in allowed, (claim, steps[step : step + 2])
 
 
-def signals_until(process: Process, over: Callable[[], Any], kept: int) -> None:
-    """Send HUP without a pause as soon as the process has put it off (`kept` 1) or takes it, until a condition holds."""
-
-    def is_safe() -> bool:
-        state = Path(f"/proc/{process.pid}/status").read_text()
-        masks = [int(text, 16) for text in re.findall(r"^Sig(?:Blk|Cgt):\s*(\w+)", state, re.MULTILINE)]
-        return any(mask >> (signal.SIGHUP - 1) & 1 for mask in masks[:kept] or masks)
-
-    wait_for(is_safe, 60, "a process that is prepared for HUP")
+def signals_until(process: Process, over: Callable[[], Any]) -> None:
+    """Send HUP without a pause until a condition holds."""
     while not over():
         assert process.process is not None
         if process.process.poll() is None:
             os.kill(process.pid, signal.SIGHUP)
+
+
+def survives_hup(process: Process) -> bool:
+    """Whether a process keeps HUP for later, or takes it."""
+    masks = re.findall(r"^Sig(?:Blk|Cgt):\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE)
+    return any(int(mask, 16) >> (signal.SIGHUP - 1) & 1 for mask in masks)
 
 
 @pytest.mark.parametrize("role", ["server", "client"])
@@ -566,11 +565,12 @@ def test_a_reload_while_it_starts_or_stops_kills_nothing(role: str, pyz: Path, m
     file.write_text("MAX_AGE=1h\n")
     process = make_process(role, program=[sys.executable, str(pyz)], arguments=["--env-file", str(file)])
     process.spawn()
-    signals_until(process, process._healthy, 1)
+    wait_for(lambda: survives_hup(process), 60, "a process that is prepared for HUP")
+    signals_until(process, process._healthy)
     wait_for(lambda: "reload: no setting has changed" in process.log, 60, "the reload")
     assert process.process is not None
     process.process.terminate()
-    signals_until(process, lambda: process.process is not None and process.process.poll() is not None, 2)
+    signals_until(process, lambda: process.process is not None and process.process.poll() is not None)
     assert process.process.returncode == 0, process.log[-2000:]
 
 
