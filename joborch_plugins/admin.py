@@ -600,7 +600,7 @@ class CloudDemo(Demo):
         return "next: docs/clouds.md says how to use a real cloud"
 
     def settings(self, mode: str) -> dict[str, str]:
-        """Return what the server is told."""
+        """Return the settings of the server or client of the demo."""
         limits = {"SERVICE_EXAMPLE_RUNS_PER_USER": "50", "SERVICE_EXAMPLE_MAX_RUNS": "50", "SERVICE_EXAMPLE_CLIENTS": ""}
         own = {
             "JOBORCH_PUBLIC_URL": self.base,
