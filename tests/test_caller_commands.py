@@ -482,7 +482,7 @@ def test_every_word_has_examples_that_can_be_typed() -> None:
 
 
 def test_a_name_that_cannot_be_sent_is_named_as_the_user_knows_it(shell: Shell) -> None:
-    """A folder with a program travels as a tar, of which the user knows nothing."""
+    """The command sends a folder with a program as a tar. The message names the file in the folder, not the tar."""
     (shell.folder / "tree").mkdir()
     for name in ("run.sh", "a\nb"):
         (shell.folder / "tree" / name).write_text("true\n")

@@ -322,18 +322,34 @@ def test_a_cloud_that_hangs_in_the_middle_of_growing(openstack: OpenStack, data:
 
 
 @pytest.mark.parametrize(
-    ("setting", "said"),
+    ("kind", "setting", "said"),
     [
-        ("IMAGE=nope", "the cloud has no image 'nope': it has fakeimage123456"),
-        ("IMAGE=fakeimage123456", "images called 'fakeimage123456': give the id of one: "),
-        ("SIZE=nope", "the cloud has no size 'nope': it has m1.large"),
-        ("NETWORK=nope", "the cloud has no network 'nope': it has private"),
-        ("KEY=nope", "the cloud refuses: 400 Bad Request Invalid key_name provided"),
+        ("openstack", "IMAGE=nope", "the cloud has no image 'nope': it has fakeimage123456"),
+        ("openstack", "SIZE=nope", "the cloud has no size 'nope': it has m1.large"),
+        ("openstack", "NETWORK=nope", "the cloud has no network 'nope': it has private"),
+        ("openstack", "KEY=nope", "the cloud refuses: 400 Bad Request Invalid key_name provided"),
+        ("ec2", "IMAGE=ami-nope", "the cloud refuses: InvalidAMIID.NotFound"),
+        ("ec2", "SIZE=t3.nope", "the cloud has no size 't3.nope': it has a1.2xlarge"),
+        ("ec2", "NETWORK=nope", "the cloud refuses: InvalidSubnetID.NotFound: The subnet ID 'nope' does not exist"),
+        ("ec2", "SECURITY_GROUP=nope", "the cloud has no security group 'nope': it has default"),
+        ("ec2", "SECURITY_GROUP=default,nope", "the cloud has no security group 'nope': it has default"),
     ],
 )
-def test_a_name_that_an_openstack_does_not_have(setting: str, said: str, openstack: OpenStack, data: DataFolder) -> None:
-    """Or has twice: one clear line, and no instance."""
-    room = RealRoom(openstack, data, 1, **dict([setting.split("=")]))
+def test_a_name_that_a_cloud_does_not_have(kind: str, setting: str, said: str, request: pytest.FixtureRequest, data: DataFolder) -> None:
+    """One clear line, and no instance."""
+    refused(request.getfixturevalue(kind), data, setting, said)
+
+
+def test_a_name_that_a_cloud_has_twice(openstack: OpenStack, data: DataFolder) -> None:
+    """The line has ids to choose from, sorted, as many as it has room for."""
+    ids = sorted(image.id for image in openstack.driver().list_images() if image.name == "fakeimage123456")
+    said = f"the cloud has {len(ids)} images called 'fakeimage123456': give the id of one: {', '.join(ids[:5])}, "
+    refused(openstack, data, "IMAGE=fakeimage123456", said)
+
+
+def refused(bed: CloudBed, data: DataFolder, setting: str, said: str) -> None:
+    """With this setting, the reason is `said`, and the cloud makes no instance."""
+    room = RealRoom(bed, data, 1, **dict([setting.split("=")]))
     room.tick()
     room.assert_said(said)
     room.assert_each_once(0)
@@ -346,24 +362,6 @@ def test_a_security_group_that_an_openstack_does_not_have(openstack: OpenStack, 
     room.tick()
     room.assert_said("does the cloud have the security groups default, nope? This credential cannot list them; the cloud")
     assert (room.states(), openstack.instances()) == (["intended"], [])
-    room.desk.store.close()
-
-
-@pytest.mark.parametrize(
-    ("setting", "said"),
-    [
-        ("IMAGE=ami-nope", "the cloud refuses: InvalidAMIID.NotFound"),
-        ("SIZE=t3.nope", "the cloud has no size 't3.nope': it has a1.2xlarge"),
-        ("NETWORK=nope", "the cloud refuses: InvalidSubnetID.NotFound: The subnet ID 'nope' does not exist"),
-        ("SECURITY_GROUP=nope", "the cloud has no security group 'nope': it has default"),
-        ("SECURITY_GROUP=default,nope", "the cloud has no security group 'nope': it has default"),
-    ],
-)
-def test_a_name_that_an_ec2_does_not_have(setting: str, said: str, ec2: Ec2, data: DataFolder) -> None:
-    room = RealRoom(ec2, data, 1, **dict([setting.split("=")]))
-    room.tick()
-    room.assert_said(said)
-    room.assert_each_once(0)
     room.desk.store.close()
 
 

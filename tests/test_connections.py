@@ -561,7 +561,7 @@ def test_connections_that_only_wait_are_not_asked_every_second() -> None:
 
 
 class Told(Line):
-    """One that notes what it is told."""
+    """A connection that keeps a list of the calls it gets."""
 
     def __init__(self, line: socket.socket) -> None:
         super().__init__(line, True)

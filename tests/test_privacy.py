@@ -169,7 +169,7 @@ def ended(desk: Desk, **changes: Any) -> joborch.Job:
 
 
 def test_files_that_cannot_be_removed_now(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The texts stay until the files are gone, and the caller is told that it is not done."""
+    """The texts stay until the files are gone. The answer says that the deletion is not complete."""
     job = ended(desk)
 
     def fails(*_: object) -> None:
@@ -214,7 +214,7 @@ def test_a_client_that_is_too_old_is_asked_once(desk: Desk, peer: Peer) -> None:
 
 
 def test_a_payload_that_is_reported_later_is_deleted_there(desk: Desk) -> None:
-    """As when a client was away for so long that its job was given up, and then deleted."""
+    """A client was silent for long, so its job was given up and then deleted. Its payload is reported after that."""
     job = desk.with_client()
     assert desk.store.move(desk[job], Status.KILLED, SECRET, cause="cancelled")
     desk.link.heard()
