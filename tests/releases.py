@@ -34,7 +34,7 @@ class Version(NamedTuple):
 FIRST = Version("0.1.0", "b219a6462093843ddaf17bf09a478bfd2b3265e2", "6f9759ea03441c29a6dcbc87ae1f0d6f39f0710e5755f0164e4d39737a7b8b6a")
 
 # The version from which on neighbours work together; the last release.
-STABLE = Version("1.0.0", "22f7dbfb379b26bd297c778c10e7c7f1795af711", "f7538df92dc84a086532f48139f7ade2ce6c2d516d4ab43de9c070ae703e8ac0")
+STABLE = Version("1.0.0", "c1717ead5948497ddb949a4331bb2035357144fe", "e7dc07461ed66fd623d05d06e5f2f928c2cf0e59a90f1789e5a67c1b65cc96d3")
 
 
 def source_of(version: Version, folder: Path) -> Path:
